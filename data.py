@@ -1,0 +1,464 @@
+"""The images: three data sets held in memory as uint8, and the weak and strong views of them.
+
+images: (N, 3, S, S) uint8 RGB; labels: (N,) int64. Every random draw of an epoch comes from one
+CPU generator that is a function of (seed, epoch), so the views are the same on every device, nothing
+needs a worker process, and a resumed run needs no random state.
+"""
+import math
+import os
+import urllib.error
+import warnings
+import zipfile
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+
+import matplotlib
+import numpy as np
+import torch
+import torch.nn.functional as F
+from PIL import Image, ImageDraw, ImageFont, ImageOps
+from torchvision import datasets
+
+
+class UserError(ValueError):
+    """Something the user can mend: one line that names the flag or file and says what to do."""
+
+
+@dataclass
+class Dataset:
+    """train and test: (images, labels), train is None where only the test part was asked for.
+    classes: the C class names. mean, std: of RGB in [0, 1]. flip: whether a mirror image keeps its class."""
+    train: tuple
+    test: tuple
+    classes: list
+    mean: tuple
+    std: tuple
+    flip: bool
+
+
+# --- Views ----------------------------------------------------------------------------------------
+# Each operation takes uint8 images (B, 3, S, S) and one magnitude an image, (B,), and gives exactly
+# what Pillow gives (tests/test_data.py compares them pixel by pixel). torchvision's own operations
+# take one magnitude for a whole batch, and some round differently from Pillow.
+
+def warp(images, matrix):
+    """Pillow's Image.transform(AFFINE, NEAREST), black fill. matrix (B, 6), float64, takes the centre
+    of an output pixel to the input: x' = a x + b y + c, y' = d x + e y + f. 16.16 fixed point, as there."""
+    B, _, H, W = images.shape
+    a, b, c, d, e, f = matrix.to(torch.float64).unbind(1)
+    fixed = torch.stack([a, b, c + (a + b) / 2, d, e, f + (d + e) / 2], 1)
+    a, b, c, d, e, f = (fixed * 65536 + 0.5).floor().to(torch.int32).to(images.device)[..., None, None].unbind(1)
+    y, x = (torch.arange(n, dtype=torch.int32, device=images.device) for n in (H, W))
+    x, y = x[None, None, :], y[None, :, None]
+    u, v = (a * x + b * y + c) >> 16, (d * x + e * y + f) >> 16          # (B, H, W) source column, row
+    inside = (u >= 0) & (u < W) & (v >= 0) & (v < H)
+    index = torch.where(inside, v * W + u, 0).view(B, 1, H * W).expand(-1, 3, -1).long()
+    out = images.flatten(2).gather(2, index).view(B, 3, H, W)
+    return out * inside[:, None]
+
+
+def rotation(degrees, size):
+    """(B, 6): turns counter-clockwise about the image's centre, as Image.rotate does."""
+    angle = -degrees.to(torch.float64) * (math.pi / 180)
+    cos, sin, centre = angle.cos(), angle.sin(), size / 2
+    return torch.stack([cos, sin, centre - cos * centre - sin * centre,
+                        -sin, cos, centre + sin * centre - cos * centre], 1)
+
+
+def _affine(a=1., b=0., c=0., d=0., e=1., f=0.):
+    given = [torch.as_tensor(v, dtype=torch.float64) for v in (a, b, c, d, e, f)]
+    return torch.stack(torch.broadcast_tensors(*given), 1)
+
+
+def _lookup(images, table):
+    """table (B, 3, 256) uint8, applied channel by channel."""
+    return table.gather(2, images.flatten(2).long()).view_as(images)
+
+
+def autocontrast(images, _):
+    flat = images.flatten(2)
+    low, high = (v[..., None].double() for v in (flat.amin(2), flat.amax(2)))            # (B, 3, 1)
+    level = torch.arange(256, dtype=torch.float64, device=images.device)
+    scale = torch.full_like(low, 255) / (high - low).clamp(min=1)   # 255 / x is 255 * (1 / x) in torch
+    table = (level * scale - low * scale).trunc().clamp(0, 255)
+    return _lookup(images, torch.where(high > low, table, level).byte())
+
+
+def equalize(images, _):
+    flat = images.flatten(2).long()
+    histogram = torch.zeros(*flat.shape[:2], 256, dtype=torch.long, device=images.device)
+    histogram.scatter_add_(2, flat, torch.ones_like(flat))                               # (B, 3, 256)
+    last = histogram.gather(2, flat.amax(2, keepdim=True))       # how many pixels have the top level
+    step = (flat.shape[2] - last) // 255                                                 # (B, 3, 1)
+    before = histogram.cumsum(2) - histogram
+    table = ((step // 2 + before) // step.clamp(min=1)).clamp(max=255)
+    level = torch.arange(256, device=images.device)
+    return _lookup(images, torch.where(step > 0, table, level).byte())
+
+
+def _grey(images):
+    """Pillow's convert("L"), (B, 1, S, S) int32."""
+    r, g, b = images.int().unbind(1)
+    return ((19595 * r + 38470 * g + 7471 * b + 32768) >> 16)[:, None]
+
+
+def _blend(degenerate, images, factor):
+    """Pillow's Image.blend for 0 <= factor <= 1: 0 gives `degenerate`, 1 the image itself."""
+    degenerate = degenerate.float()
+    return (degenerate + factor.float().to(images.device)[:, None, None, None] * (images - degenerate)).byte()
+
+
+def brightness(images, factor):
+    return _blend(torch.zeros_like(images), images, factor)
+
+
+def color(images, factor):
+    return _blend(_grey(images), images, factor)
+
+
+def contrast(images, factor):
+    mean = (_grey(images).double().mean((1, 2, 3), keepdim=True) + 0.5).floor()
+    return _blend(mean, images, factor)
+
+
+def sharpness(images, factor):
+    # Pillow's SMOOTH: 3x3 of ones with a 5 in the middle, over 13; the border stays as it is.
+    x = images.short()
+    rows = x[:, :, :-2] + x[:, :, 1:-1] + x[:, :, 2:]
+    total = rows[..., :-2] + rows[..., 1:-1] + rows[..., 2:] + 4 * x[:, :, 1:-1, 1:-1]
+    smooth = images.clone()
+    smooth[:, :, 1:-1, 1:-1] = ((2 * total + 13) // 26).byte()
+    return _blend(smooth, images, factor)
+
+
+def posterize(images, bits):
+    mask = 256 - 2 ** (8 - bits.floor())
+    return images & mask.byte().to(images.device)[:, None, None, None]
+
+
+def solarize(images, threshold):
+    return torch.where(images < threshold.float().to(images.device)[:, None, None, None], images, 255 - images)
+
+
+# RandAugment of FixMatch: name -> (lowest magnitude, highest, operation). A geometric one gives a
+# matrix, all of them are then warped at once; translations are in fractions of the side.
+COLOR_OPS = {
+    "autocontrast": (0, 1, autocontrast),
+    "brightness": (0.05, 0.95, brightness),
+    "color": (0.05, 0.95, color),
+    "contrast": (0.05, 0.95, contrast),
+    "sharpness": (0.05, 0.95, sharpness),
+    "equalize": (0, 1, equalize),
+    "identity": (0, 1, lambda images, _: images),
+    "posterize": (4, 8, posterize),
+    "solarize": (0, 256, solarize),
+}
+GEOMETRIC_OPS = {
+    "rotate": (-30, 30, rotation),
+    "shear_x": (-0.3, 0.3, lambda v, size: _affine(b=v)),
+    "shear_y": (-0.3, 0.3, lambda v, size: _affine(d=v)),
+    "translate_x": (-0.3, 0.3, lambda v, size: _affine(c=v * size)),
+    "translate_y": (-0.3, 0.3, lambda v, size: _affine(f=v * size)),
+}
+OPS = {**COLOR_OPS, **GEOMETRIC_OPS}
+GREY = (125, 123, 114)
+
+
+def randaugment(images, ops, magnitudes):
+    """Apply operation number ops[i] of OPS, at its magnitude, to image i. ops, magnitudes: (B,), CPU."""
+    images, size = images.clone(), images.shape[-1]
+    rows, matrices = [], []
+    for number, (name, (low, high, op)) in enumerate(OPS.items()):
+        hit = (ops == number).nonzero()[:, 0]
+        if not len(hit):
+            continue
+        value = low + (high - low) * magnitudes[hit]
+        if name in GEOMETRIC_OPS:
+            rows.append(hit)
+            matrices.append(op(value.double(), size))
+        elif name != "identity":
+            there = hit.to(images.device)
+            images[there] = op(images[there], value)
+    if rows:
+        rows = torch.cat(rows).to(images.device)
+        images[rows] = warp(images[rows], torch.cat(matrices))
+    return images
+
+
+def cutout(images, side, centre):
+    """Grey square, clipped at the border. side (B,) and centre (B, 2), in pixels, CPU; the square's
+    corners are rounded as FixMatch and ImageDraw.rectangle do, both ends included."""
+    S = images.shape[-1]
+    start = (centre - side[:, None] / 2).clamp(min=0).floor()            # (B, 2) of (x, y)
+    stop = (start + side[:, None]).clamp(max=S).floor()
+    at = torch.arange(S)
+    x, y = ((at >= start[:, i, None]) & (at <= stop[:, i, None]) for i in (0, 1))        # (B, S)
+    mask = (x[:, None, :] & y[:, :, None] & (side > 0)[:, None, None]).to(images.device)
+    grey = torch.tensor(GREY, dtype=torch.uint8, device=images.device).view(1, 3, 1, 1)
+    return torch.where(mask[:, None], grey, images)
+
+
+def crop_and_flip(images, offset, mirror):
+    """The weak view: a crop of the image padded with zeros, then a mirror image. offset (B, 2) of
+    (x, y), in pixels from the unpadded corner; mirror (B,) bool."""
+    sign = 1. - 2. * mirror
+    x = torch.where(mirror, images.shape[-1] + offset[:, 0], offset[:, 0])
+    return warp(images, _affine(a=sign, c=x, f=offset[:, 1]))
+
+
+def draw(n, size, flip, generator):
+    """The random numbers for one view of n images, as CPU tensors."""
+    pad = size // 8                                                      # 4 pixels of 32
+    return dict(
+        offset=torch.randint(-pad, pad + 1, (n, 2), generator=generator),
+        mirror=(torch.rand(n, generator=generator) < 0.5) & flip,
+        ops=torch.randint(len(OPS), (n, 2), generator=generator),
+        magnitudes=torch.rand(n, 2, generator=generator),
+        side=torch.rand(n, generator=generator) * 0.5 * size,
+        centre=torch.rand(n, 2, generator=generator) * size,
+    )
+
+
+def weak_view(images, numbers):
+    return crop_and_flip(images, numbers["offset"], numbers["mirror"])
+
+
+def strong_view(images, numbers):
+    images = weak_view(images, numbers)
+    for i in (0, 1):
+        images = randaugment(images, numbers["ops"][:, i], numbers["magnitudes"][:, i])
+    return cutout(images, numbers["side"], numbers["centre"])
+
+
+def normalize(images, mean, std):
+    """uint8 to float32:  (x / 255 - mean) / std."""
+    mean, std = (torch.tensor(v, device=images.device).view(1, 3, 1, 1) for v in (mean, std))
+    return (images / 255 - mean) / std
+
+
+def batches(dataset, batch_size, views, seed, epoch):
+    """One epoch of (list of views, labels), shuffled; the tail is kept. views: "weak", or "both" for
+    weak and strong, with crop and flip drawn anew. A view: (B, 3, S, S) float32, normalised.
+
+    Views are made for many batches at once, on the images' device: small batches would spend their
+    time starting operations."""
+    images, labels = dataset.train
+    n, size = len(images), images.shape[-1]
+    generator = torch.Generator().manual_seed(1_000_003 * seed + epoch)
+    order = torch.randperm(n, generator=generator)
+    numbers = [draw(n, size, dataset.flip, generator) for _ in range(1 + (views == "both"))]
+    chunk = batch_size * max(1, (512 if images.device.type == "cpu" else 8192) // batch_size)
+    for start in range(0, n, chunk):
+        rows = order[start:start + chunk].to(images.device)
+        part = [{k: v[start:start + chunk] for k, v in view.items()} for view in numbers]
+        made = [normalize(make(images[rows], drawn), dataset.mean, dataset.std)
+                for make, drawn in zip((weak_view, strong_view), part)]
+        for at in range(0, len(rows), batch_size):
+            yield [view[at:at + batch_size] for view in made], labels[rows[at:at + batch_size]]
+
+
+# --- glyphs: the embedded default -------------------------------------------------------------------
+# Characters drawn with the fonts that ship with matplotlib. Case pairs that look alike are one class,
+# so that a person can tell all 47 apart.
+
+GLYPHS = ("0Oo 1 2 3 4 5 6 7 8 9 Cc Jj Kk Mm Pp Ss Uu Vv Ww Xx Yy Zz Il L i "
+          "A a B b D d E e F f G g H h N n Q q R r T t").split()
+FONTS = [f"DejaVu{family}{style}.ttf"
+         for family, slant in (("Sans", "Oblique"), ("SansMono", "Oblique"), ("Serif", "Italic"))
+         for style in ("", "-Bold", f"-{slant}", f"-Bold{slant}")]
+FONTS += ["STIXGeneral.ttf", "STIXGeneralBol.ttf", "STIXGeneralItalic.ttf", "STIXGeneralBolIta.ttf"]
+FONTS += ["cmr10.ttf", "cmb10.ttf", "cmss10.ttf", "cmtt10.ttf"]
+# The difficulty, tuned so that the default teacher errs often enough to matter (README).
+GLYPHS_VERSION, GLYPHS_TRAIN, GLYPHS_TEST = "v1", 8000, 4000
+ROTATION, ZOOM, JITTER, CONTRAST = 40, (0.75, 1.25), 0.4, (0.35, 1)
+DISTRACTORS, AWAY, NOISE = 2, (0.9, 1.3), (0.02, 0.08)
+
+
+def _masks():
+    """Every character in every font, centred: (fonts, characters, 48, 48) float in [0, 1]."""
+    folder = Path(matplotlib.get_data_path()) / "fonts" / "ttf"
+    masks = []
+    for name in FONTS:
+        font = ImageFont.truetype(str(folder / name), 34)
+        for character in "".join(GLYPHS):
+            canvas = Image.new("L", (48, 48))
+            left, top, right, bottom = font.getbbox(character)
+            ImageDraw.Draw(canvas).text((24 - (left + right) / 2, 24 - (top + bottom) / 2), character, 255, font)
+            masks.append(np.asarray(canvas))
+    masks = torch.from_numpy(np.stack(masks)).float() / 255
+    return masks.view(len(FONTS), -1, 48, 48)
+
+
+def render_glyphs(n, seed):
+    """n images (n, 3, 32, 32) uint8 and labels (n,): light characters at random font, colour, rotation,
+    shear, scale and place, on a darker gradient with fragments of other characters and noise."""
+    g = torch.Generator().manual_seed(seed)
+    masks = _masks()
+    first = torch.tensor([sum(map(len, GLYPHS[:k])) for k in range(len(GLYPHS))])
+    count = torch.tensor([len(name) for name in GLYPHS])
+
+    def uniform(low, high, *shape):
+        return low + (high - low) * torch.rand(*shape, generator=g)
+
+    def place(character, radius):
+        """Coverage (n, 1, 32, 32) of a character, its centre `radius` half-sides away from the middle."""
+        font = torch.randint(len(FONTS), (n,), generator=g)
+        turn, shear = uniform(-ROTATION, ROTATION, n) * math.pi / 180, uniform(-0.3, 0.3, n)
+        zoom_x, zoom_y = uniform(*ZOOM, n), uniform(*ZOOM, n)
+        x, y = radius
+        cos, sin = turn.cos(), turn.sin()
+        inverse = torch.stack([torch.stack([cos, sin + shear * cos], 1) / zoom_x[:, None],
+                               torch.stack([-sin, cos - shear * sin], 1) / zoom_y[:, None]], 1)
+        shift = -(inverse @ torch.stack([x, y], 1)[..., None])
+        grid = F.affine_grid(torch.cat([inverse, shift], 2), (n, 1, 32, 32), align_corners=False)
+        return F.grid_sample(masks[font, character][:, None], grid, align_corners=False)
+
+    labels = torch.randint(len(GLYPHS), (n,), generator=g)
+    character = first[labels] + (torch.rand(n, generator=g) * count[labels]).long()
+    angle, (y, x) = uniform(0, 2 * math.pi, n), torch.meshgrid(*[torch.linspace(-1, 1, 32)] * 2, indexing="ij")
+    along = 0.5 + 0.35 * (angle.cos()[:, None, None] * x + angle.sin()[:, None, None] * y)[:, None]
+    images = torch.lerp(uniform(0, 0.45, n, 3, 1, 1), uniform(0, 0.45, n, 3, 1, 1), along.clamp(0, 1))
+    for _ in range(DISTRACTORS):
+        other, angle = torch.randint(masks.shape[1], (n,), generator=g), uniform(0, 2 * math.pi, n)
+        away = uniform(*AWAY, n)
+        cover = place(other, (away * angle.cos(), away * angle.sin()))
+        images = torch.lerp(images, uniform(0.3, 0.9, n, 3, 1, 1), cover)
+    cover = place(character, (uniform(-JITTER, JITTER, n), uniform(-JITTER, JITTER, n)))
+    images = torch.lerp(images, uniform(0.5, 1, n, 3, 1, 1), cover)
+    images = images + uniform(*NOISE, n, 1, 1, 1) * torch.randn(images.shape, generator=g)
+    images = torch.lerp(uniform(0, 0.4, n, 1, 1, 1), images, uniform(*CONTRAST, n, 1, 1, 1))
+    return (images.clamp(0, 1) * 255).round().byte(), labels
+
+
+
+
+
+# --- Loading ----------------------------------------------------------------------------------------
+
+CIFAR = {                                                      # C, mean and std as published
+    "cifar10": (10, (0.4914, 0.4822, 0.4465), (0.2470, 0.2435, 0.2616)),
+    "cifar100": (100, (0.5071, 0.4867, 0.4408), (0.2675, 0.2565, 0.2761)),
+}
+DATASETS = ("glyphs", *CIFAR, "folder")
+
+
+def load(name, data_dir="data", image_size=32, train=True, statistics=None):
+    """The data set as a Dataset on the CPU.
+
+    name: one of DATASETS. data_dir: the folder of images for "folder", else where the set is cached,
+    or stands as an image folder. image_size: side in pixels, for "folder". train=False leaves the
+    training part out. statistics: (mean, std) to use instead of the data set's own.
+    Raises UserError for whatever the user can mend.
+    """
+    root = Path(data_dir)
+    if name != "folder" and image_size != 32:
+        raise UserError(f"--image-size {image_size}: {name} has 32-pixel images; leave the flag out")
+    if name == "glyphs":
+        return _load_glyphs(root, train)
+    if name == "folder" or (root / "train").is_dir() and (root / "test").is_dir():
+        expected = CIFAR[name][0] if name in CIFAR else None
+        statistics = CIFAR[name][1:] if name in CIFAR else statistics
+        return _load_folder(root, image_size, train, statistics, expected)
+    try:
+        with warnings.catch_warnings(action="ignore"):
+            parts = [getattr(datasets, name.upper())(root, train=part, download=True) for part in (True, False)]
+    except (urllib.error.URLError, OSError, RuntimeError) as error:
+        raise UserError(f"--dataset {name}: not under --data-dir {root}, and the download failed ({error}); put "
+                        f"it there as train/<class>/ and test/<class>/ image folders, or try again online")
+    train_part, test_part = ((torch.from_numpy(p.data).permute(0, 3, 1, 2).contiguous(),
+                              torch.tensor(p.targets)) for p in parts)
+    return Dataset(train_part, test_part, parts[0].classes, *CIFAR[name][1:], flip=True)
+
+
+def _statistics(images):
+    """Mean and std of each channel in [0, 1], from exact counts of the 256 levels."""
+    level = torch.arange(256, dtype=torch.float64) / 255
+    share = torch.stack([torch.bincount(images[:, c].flatten(), minlength=256) for c in range(3)]).double()
+    share /= share.sum(1, keepdim=True)
+    mean = share @ level
+    std = (share @ level.square() - mean.square()).clamp(min=1e-6).sqrt()
+    return tuple(mean.tolist()), tuple(std.tolist())
+
+
+def _load_glyphs(root, train):
+    path = root / f"glyphs-{GLYPHS_VERSION}.npz"
+    try:
+        with np.load(path) as cached:
+            arrays = [torch.from_numpy(cached[k]) for k in ("train_x", "train_y", "test_x", "test_y")]
+    except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile):   # not there yet, or damaged
+        print(f"rendering the glyphs data set into {path}", flush=True)
+        arrays = [*render_glyphs(GLYPHS_TRAIN, seed=1), *render_glyphs(GLYPHS_TEST, seed=2)]
+        root.mkdir(parents=True, exist_ok=True)
+        temporary = path.with_suffix(f".{os.getpid()}.tmp")
+        with open(temporary, "wb") as file:
+            np.savez(file, **dict(zip(("train_x", "train_y", "test_x", "test_y"), map(torch.Tensor.numpy, arrays))))
+        os.replace(temporary, path)
+    mean, std = _statistics(arrays[0])
+    # A mirrored character is another character, or none.
+    return Dataset(tuple(arrays[:2]) if train else None, tuple(arrays[2:]), GLYPHS, mean, std, flip=False)
+
+
+def _read_image(path, size):
+    """(size, size, 3) uint8 of any image file: first frame, upright, 16 bits scaled to 8, squeezed square."""
+    try:
+        with warnings.catch_warnings(action="ignore"), Image.open(path) as image:
+            image = ImageOps.exif_transpose(image)
+            if image.mode.startswith("I"):                     # convert("RGB") would clip 16 bits to white
+                image = Image.fromarray((np.asarray(image).clip(0, 65535) // 256).astype(np.uint8))
+            image = image.convert("RGB")
+            if image.size != (size, size):
+                image = image.resize((size, size), Image.Resampling.BICUBIC)
+            return np.array(image)
+    except (OSError, ValueError, SyntaxError, EOFError, Image.DecompressionBombError) as error:
+        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+        raise UserError(f"{path}: not a readable image ({reason}); mend or remove it")
+
+
+def _scan(folder, classes=None):
+    """(paths, labels, classes) of an image folder; classes fixes the label order."""
+    try:
+        found = datasets.ImageFolder(folder)
+    except FileNotFoundError as error:
+        reason = str(error).split(" Supported extensions")[0].rstrip(".")
+        raise UserError(f"{folder}: {reason}; every class needs a folder with at least one image")
+    except OSError as error:
+        raise UserError(f"{folder}: cannot be read ({error.strerror})")
+    extra = sorted(set(found.classes) - set(classes or found.classes))
+    if extra:
+        raise UserError(f"{folder}: class {extra[0]!r} has no folder in the training part")
+    label = {name: i for i, name in enumerate(classes or found.classes)}
+    return ([path for path, _ in found.samples], [label[found.classes[k]] for _, k in found.samples],
+            classes or found.classes)
+
+
+def _load_folder(root, image_size, train, statistics, expected):
+    if not root.is_dir():
+        raise UserError(f"--data-dir {root}: no such folder; it should hold train/<class>/ and val/<class>/ or test/<class>/")
+    test_folder = next((root / part for part in ("val", "test") if (root / part).is_dir()), None)
+    if not (root / "train").is_dir() or test_folder is None:
+        raise UserError(f"--data-dir {root}: should hold train/<class>/ and val/<class>/ or test/<class>/")
+    train_paths, train_labels, classes = _scan(root / "train")
+    if expected not in (None, len(classes)):
+        raise UserError(f"--data-dir {root}: {len(classes)} classes in train/, where the data set has {expected}")
+    if len(classes) < 2:
+        raise UserError(f"{root / 'train'}: only one class, {classes[0]!r}; a classifier needs at least 2")
+    test_paths, test_labels, _ = _scan(test_folder, classes)
+
+    train = train or statistics is None
+    need = (len(test_paths) + (len(train_paths) if train else 0)) * 3 * image_size ** 2
+    memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") if hasattr(os, "sysconf") else 2 ** 36
+    if need > 0.7 * memory:
+        raise UserError(f"--image-size {image_size}: the images need {need / 2 ** 30:.1f} GiB and this machine has "
+                        f"{memory / 2 ** 30:.1f} GiB; give a smaller --image-size")
+
+    def read(paths, labels):
+        images = np.empty((len(paths), image_size, image_size, 3), np.uint8)
+        with ThreadPoolExecutor() as pool:                     # Pillow decodes outside Python's lock
+            for i, image in enumerate(pool.map(lambda path: _read_image(path, image_size), paths)):
+                images[i] = image
+        return torch.from_numpy(images).permute(0, 3, 1, 2).contiguous(), torch.tensor(labels)
+
+    train_part = read(train_paths, train_labels) if train else None
+    mean, std = statistics or _statistics(train_part[0])
+    return Dataset(train_part, read(test_paths, test_labels), classes, mean, std, flip=True)

@@ -1,0 +1,188 @@
+"""Measure a classifier:  python eval.py CHECKPOINT   |   make a results table:  python eval.py --table DIR
+
+A checkpoint of train.py needs no other flag. A foreign one needs --model, --dataset and --data-dir.
+Everything is measured in float32 on the test part, so the numbers are those of the training log.
+"""
+import argparse
+import json
+import pickle
+import sys
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+
+from data import CIFAR, DATASETS, UserError, load, normalize
+from models import MODELS, create_model
+
+
+def load_model(path, name=None):
+    """(network in eval mode, checkpoint dict) from a file of train.py, or from a foreign state dict:
+    bare, or under "model" or "state_dict", with or without "module." before each name.
+
+    name: the architecture; needed for a foreign file. Only tensors and plain types are unpickled.
+    Raises UserError for a file that is missing, damaged, no checkpoint, or of another network.
+    """
+    path = Path(path)
+    if not path.is_file():
+        raise UserError(f"{path}: no such checkpoint")
+    try:
+        checkpoint = torch.load(path, map_location="cpu", weights_only=True)
+    except pickle.UnpicklingError:
+        raise UserError(f"{path}: not a PyTorch checkpoint of tensors and plain types; it was not loaded")
+    except (RuntimeError, EOFError, OSError, ValueError, KeyError, UnicodeDecodeError):
+        raise UserError(f"{path}: not a PyTorch checkpoint, or damaged (empty, cut off, or another file type)")
+    if not isinstance(checkpoint, dict):
+        raise UserError(f"{path}: holds a {type(checkpoint).__name__}, not a state dict")
+    state = next((checkpoint[k] for k in ("model", "state_dict") if isinstance(checkpoint.get(k), dict)), checkpoint)
+    state = {key.removeprefix("module."): value for key, value in state.items()}
+
+    ours = checkpoint.get("architecture")
+    if name and ours and name != ours:
+        raise UserError(f"{path}: holds a {ours}, not a {name}")
+    name = name or ours
+    if name is None:
+        raise UserError(f"{path}: does not say which network it is; name it with --model")
+    head = state.get("fc.weight", state.get("head.weight"))
+    if not isinstance(head, torch.Tensor) or head.ndim != 2:
+        raise UserError(f"{path}: no classifier weights (fc.weight or head.weight), so not a {name} of this project")
+    model = create_model(name, len(head), checkpoint.get("image_size", 32))
+    expected = model.state_dict()
+    wrong = sorted(expected.keys() ^ state.keys()) or [k for k in expected if expected[k].shape != state[k].shape]
+    if wrong:
+        raise UserError(f"{path}: does not fit a {name}; first mismatches: {', '.join(wrong[:3])}")
+    model.load_state_dict(state)
+    return model.eval(), checkpoint
+
+
+@torch.inference_mode()
+def predict(model, images, mean, std, batch_size=500):
+    """Logits (N, C), float32, of uint8 images (N, 3, S, S). Leaves the network in eval mode."""
+    model.eval()
+    device = next(model.parameters()).device
+    logits = [model(normalize(part.to(device), mean, std).contiguous(memory_format=torch.channels_last)).float()
+              for part in images.split(batch_size)]
+    return torch.cat(logits).to(images.device)
+
+
+def measure(logits, labels, bins=15):
+    """{"top1", "top5", "nll", "ece", "n"}: percentages in percent, NLL in nats.
+
+    top5: within the first min(5, C). ece: expected calibration error, `bins` equal bins of confidence
+    (Guo et al., ICML 2017). logits: (N, C); labels: (N,).
+    """
+    top = logits.topk(min(5, logits.shape[1])).indices                                   # (N, <=5)
+    right = top == labels[:, None]
+    confidence = F.softmax(logits, 1).amax(1)
+    bin_of = (confidence * bins).ceil().long().sub(1).clamp(0, bins - 1)
+    gap = torch.zeros(bins, dtype=torch.float64, device=logits.device)
+    gap.index_add_(0, bin_of, confidence.double() - right[:, 0].double())
+    return {
+        "top1": 100 * right[:, 0].double().mean().item(),
+        "top5": 100 * right.any(1).double().mean().item(),
+        "nll": F.cross_entropy(logits, labels).item(),
+        "ece": 100 * gap.abs().sum().item() / len(labels),
+        "n": len(labels),
+    }
+
+
+def inheritance(student_logits, teacher_logits, labels):
+    """How the student stands to the teacher's errors, in percent of what each key says."""
+    student, teacher = student_logits.argmax(1), teacher_logits.argmax(1)
+    wrong = teacher != labels
+    return {
+        "teacher_top1": 100 * (~wrong).double().mean().item(),
+        "agreement": 100 * (student == teacher).double().mean().item(),
+        "teacher_errors": int(wrong.sum()),
+        "teacher_errors_made": int((wrong & (student == teacher)).sum()),
+        "teacher_errors_avoided": int((wrong & (student == labels)).sum()),
+    }
+
+
+# --- The results table ----------------------------------------------------------------------------
+
+def read_run(folder):
+    """(config, list of epoch rows) of a run folder. Raises UserError where either is missing or damaged."""
+    try:
+        config = json.loads((folder / "config.json").read_text())
+        rows = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    except (OSError, ValueError) as error:
+        raise UserError(f"{folder}: needs a readable config.json and metrics.jsonl ({error})")
+    if not rows:
+        raise UserError(f"{folder / 'metrics.jsonl'}: empty")
+    return config, rows
+
+
+def table(folder):
+    """Markdown table of all runs under `folder`, one row for each parent of seed folders."""
+    groups = {}
+    for path in sorted(Path(folder).rglob("metrics.jsonl")):
+        groups.setdefault(path.parent.parent.name, []).append(read_run(path.parent))
+    if not groups:
+        raise UserError(f"--table {folder}: no metrics.jsonl below it; a run of train.py writes one")
+    lines = ["| run | student | epochs | n seeds | last epoch, top-1 % (mean ± sd) | best epoch, top-1 % (mean; selected on test) |",
+             "|---|---|---|---|---|---|"]
+    for name, runs in groups.items():
+        config, rows = runs[0]
+        last = torch.tensor([rows[-1]["test_top1"] for _, rows in runs], dtype=torch.float64)
+        best = torch.tensor([max(row["test_top1"] for row in rows) for _, rows in runs], dtype=torch.float64)
+        spread = f" ± {last.std():.2f}" if len(runs) > 1 else ""
+        lines.append(f"| {name} | {config['student']} | {len(rows)} | {len(runs)} | {last.mean():.2f}{spread} | {best.mean():.2f} |")
+    return "\n".join(lines)
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.error = lambda message: parser.exit(2, f"eval.py: {message}; see --help\n")
+    parser.add_argument("checkpoint", nargs="?", help="last.pt or best.pt of a run, or a foreign state dict")
+    parser.add_argument("--model", choices=MODELS, metavar="NAME", help=f"architecture of a foreign checkpoint: {', '.join(MODELS)}")
+    parser.add_argument("--dataset", choices=DATASETS)
+    parser.add_argument("--data-dir", metavar="DIR")
+    parser.add_argument("--teacher-checkpoint", metavar="FILE", help="also compare with this teacher")
+    parser.add_argument("--teacher", choices=MODELS, metavar="NAME", help="architecture of a foreign teacher")
+    parser.add_argument("--json", action="store_true", help="print one JSON object")
+    parser.add_argument("--table", metavar="DIR", help="print the results table of the runs under DIR")
+    args = parser.parse_args()
+    try:
+        if bool(args.table) == bool(args.checkpoint):
+            raise UserError("give either a CHECKPOINT or --table DIR")
+        if args.table:
+            print(table(args.table))
+            return
+        report = evaluate_file(args)
+    except UserError as error:
+        parser.exit(2, f"eval.py: {error}\n")
+    print(json.dumps(report) if args.json else "\n".join(
+        f"{key:24s}{value:10.4f}" if isinstance(value, float) else f"{key:24s}{value:10d}" for key, value in report.items()))
+
+
+def evaluate_file(args):
+    model, checkpoint = load_model(args.checkpoint, args.model)
+    dataset = args.dataset or checkpoint.get("dataset")
+    if dataset is None:
+        raise UserError(f"{args.checkpoint}: does not say which data it was trained on; give --dataset and --data-dir")
+    statistics = (checkpoint["mean"], checkpoint["std"]) if "mean" in checkpoint else None
+    data = load(dataset, args.data_dir or checkpoint.get("data_dir", "data"), checkpoint.get("image_size", 32),
+                train=False, statistics=statistics)
+    images, labels = data.test
+    check_classes(args.checkpoint, checkpoint, model, data)
+    logits = predict(model, images, data.mean, data.std)
+    report = measure(logits, labels)
+    if args.teacher_checkpoint:
+        teacher, teacher_file = load_model(args.teacher_checkpoint, args.teacher)
+        check_classes(args.teacher_checkpoint, teacher_file, teacher, data)
+        report |= inheritance(logits, predict(teacher, images, data.mean, data.std), labels)
+    return report
+
+
+def check_classes(path, checkpoint, model, data):
+    """Raises UserError where the checkpoint's classes are not the data's."""
+    head = model.fc if hasattr(model, "fc") else model.head
+    if head.out_features != len(data.classes):
+        raise UserError(f"{path}: has {head.out_features} classes, the data has {len(data.classes)}")
+    if checkpoint.get("classes", data.classes) != data.classes:
+        raise UserError(f"{path}: was trained on other classes than the data's {data.classes[:3]}…")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,155 @@
+"""The networks: CIFAR ResNets and a plain ViT. `create_model(name, num_classes, image_size)`.
+
+forward takes normalised images (B, 3, H, W) and returns logits (B, num_classes), nothing else.
+The table of names stands at the bottom.
+"""
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+
+# --- CIFAR ResNets (He et al., CVPR 2016, section 4.2) -------------------------------------------
+
+class BasicBlock(nn.Module):
+    def __init__(self, in_channels, channels, stride):
+        super().__init__()
+        self.conv1 = nn.Conv2d(in_channels, channels, 3, stride, 1, bias=False)
+        self.bn1 = nn.BatchNorm2d(channels)
+        self.conv2 = nn.Conv2d(channels, channels, 3, 1, 1, bias=False)
+        self.bn2 = nn.BatchNorm2d(channels)
+        # Option B of the paper: a 1x1 convolution, only where the shape changes.
+        self.downsample = None
+        if stride != 1 or in_channels != channels:
+            self.downsample = nn.Sequential(nn.Conv2d(in_channels, channels, 1, stride, bias=False),
+                                            nn.BatchNorm2d(channels))
+
+    def forward(self, x):                                     # (B, in_channels, H, W)
+        out = F.relu(self.bn1(self.conv1(x)))                 # (B, channels, H/stride, W/stride)
+        out = self.bn2(self.conv2(out))
+        shortcut = x if self.downsample is None else self.downsample(x)
+        return F.relu(out + shortcut)
+
+
+class ResNet(nn.Module):
+    """A CIFAR ResNet of `depth` = 6n + 2 layers: a 3x3 stem and three stages of n blocks.
+
+    widths: channels of the stem and of the three stages. The parameter names are those of the
+    field's public CIFAR checkpoints, so these load with strict=True. Any input size: the last
+    feature map is averaged over its positions.
+    """
+
+    def __init__(self, num_classes, image_size, depth, widths):
+        super().__init__()
+        n = (depth - 2) // 6
+        stem, w1, w2, w3 = widths
+        self.conv1 = nn.Conv2d(3, stem, 3, 1, 1, bias=False)
+        self.bn1 = nn.BatchNorm2d(stem)
+        self.layer1 = self._stage(stem, w1, n, stride=1)
+        self.layer2 = self._stage(w1, w2, n, stride=2)
+        self.layer3 = self._stage(w2, w3, n, stride=2)
+        self.fc = nn.Linear(w3, num_classes)
+        for module in self.modules():
+            if isinstance(module, nn.Conv2d):
+                nn.init.kaiming_normal_(module.weight, mode="fan_out", nonlinearity="relu")
+
+    @staticmethod
+    def _stage(in_channels, channels, n, stride):
+        blocks = [BasicBlock(in_channels, channels, stride)]
+        blocks += [BasicBlock(channels, channels, 1) for _ in range(n - 1)]
+        return nn.Sequential(*blocks)
+
+    def forward(self, x):                                     # (B, 3, H, W)
+        x = F.relu(self.bn1(self.conv1(x)))                   # (B, stem, H, W)
+        x = self.layer3(self.layer2(self.layer1(x)))          # (B, w3, H/4, W/4)
+        return self.fc(x.mean((2, 3)))                        # (B, num_classes)
+
+
+# --- ViT (Dosovitskiy et al., ICLR 2021) ---------------------------------------------------------
+
+class Block(nn.Module):
+    """Pre-norm transformer block, explicit so that attention can be read (nn.TransformerEncoderLayer
+    hides it, and its fast path computes something else in eval mode than in train mode)."""
+
+    def __init__(self, dim, heads):
+        super().__init__()
+        self.heads = heads
+        self.norm1 = nn.LayerNorm(dim)
+        self.qkv = nn.Linear(dim, 3 * dim)
+        self.proj = nn.Linear(dim, dim)
+        self.norm2 = nn.LayerNorm(dim)
+        self.fc1 = nn.Linear(dim, 4 * dim)
+        self.fc2 = nn.Linear(4 * dim, dim)
+
+    def attention(self, x):                                   # (B, N, D)
+        B, N, D = x.shape
+        qkv = self.qkv(x).view(B, N, 3, self.heads, D // self.heads)
+        q, k, v = qkv.permute(2, 0, 3, 1, 4)                  # 3 of (B, heads, N, D/heads)
+        out = F.scaled_dot_product_attention(q, k, v)         # (B, heads, N, D/heads)
+        return self.proj(out.transpose(1, 2).reshape(B, N, D))
+
+    def forward(self, x):                                     # (B, N, D)
+        x = x + self.attention(self.norm1(x))
+        return x + self.fc2(F.gelu(self.fc1(self.norm2(x))))
+
+
+def patch_size(image_size):
+    """The largest patch that divides the image, at most 16 pixels and at most an eighth of the side:
+    4 for 32 pixels, 8 for 64, 16 for 224."""
+    if image_size % 8:
+        raise ValueError(f"a ViT needs an image size that is a multiple of 8, not {image_size}")
+    return max(p for p in range(1, 17) if image_size % p == 0 and p <= image_size // 8)
+
+
+class ViT(nn.Module):
+    def __init__(self, num_classes, image_size, dim, depth, heads):
+        super().__init__()
+        patch = patch_size(image_size)
+        self.patch_embed = nn.Conv2d(3, dim, patch, patch)
+        self.cls_token = nn.Parameter(torch.zeros(1, 1, dim))
+        self.pos_embed = nn.Parameter(torch.zeros(1, 1 + (image_size // patch) ** 2, dim))
+        self.blocks = nn.Sequential(*[Block(dim, heads) for _ in range(depth)])
+        self.norm = nn.LayerNorm(dim)
+        self.head = nn.Linear(dim, num_classes)
+        for name, parameter in self.named_parameters():
+            if name.endswith("weight") and parameter.ndim >= 2 or name in ("cls_token", "pos_embed"):
+                nn.init.trunc_normal_(parameter, std=0.02)
+            elif name.endswith("bias"):
+                nn.init.zeros_(parameter)
+
+    def forward(self, x):                                     # (B, 3, H, W)
+        x = self.patch_embed(x).flatten(2).transpose(1, 2)    # (B, N, D), N patches
+        x = torch.cat([self.cls_token.expand(len(x), -1, -1), x], 1) + self.pos_embed  # (B, 1+N, D)
+        return self.head(self.norm(self.blocks(x))[:, 0])     # (B, num_classes), from the class token
+
+
+# --- The table of names --------------------------------------------------------------------------
+
+_NARROW, _WIDE = (16, 16, 32, 64), (32, 64, 128, 256)
+MODELS = {                                                     # parameters with 100 classes, 32 px
+    "resnet8": (ResNet, dict(depth=8, widths=_NARROW)),
+    "resnet14": (ResNet, dict(depth=14, widths=_NARROW)),
+    "resnet20": (ResNet, dict(depth=20, widths=_NARROW)),
+    "resnet32": (ResNet, dict(depth=32, widths=_NARROW)),
+    "resnet44": (ResNet, dict(depth=44, widths=_NARROW)),
+    "resnet56": (ResNet, dict(depth=56, widths=_NARROW)),
+    "resnet110": (ResNet, dict(depth=110, widths=_NARROW)),
+    "resnet8x4": (ResNet, dict(depth=8, widths=_WIDE)),
+    "resnet32x4": (ResNet, dict(depth=32, widths=_WIDE)),
+    "vit_nano": (ViT, dict(dim=64, depth=4, heads=2)),
+    "vit_tiny": (ViT, dict(dim=192, depth=12, heads=3)),
+    "vit_small": (ViT, dict(dim=384, depth=12, heads=6)),
+}
+
+
+def create_model(name, num_classes, image_size=32):
+    """A freshly initialised network of the table above.
+
+    name: a key of MODELS. num_classes: C, at least 2. image_size: side in pixels; a ResNet takes any.
+    Raises ValueError for an unknown name, fewer than two classes, or a ViT whose patches do not fit.
+    """
+    if name not in MODELS:
+        raise ValueError(f"unknown model {name!r}; choose one of {', '.join(MODELS)}")
+    if num_classes < 2:
+        raise ValueError(f"a classifier needs at least 2 classes, not {num_classes}")
+    build, arguments = MODELS[name]
+    return build(num_classes, image_size, **arguments)

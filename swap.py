@@ -1,0 +1,36 @@
+"""The idea of the paper, alone: when a prediction is wrong, exchange its top logit with the label's.
+
+Source: Limantoro et al., "Swapped Logit Distillation via Bi-level Teacher Alignment", 2025.
+logits: (B, C), any float dtype, C >= 2. target: (B,) int64 class indices, 0 <= target < C; an index
+outside raises from `gather`. All functions are differentiable and leave their inputs as they were.
+"""
+
+
+def swap(logits, target):
+    """(S1)  m = argmax_c z_c;  where m != y, exchange z_m and z_y.  Returns (B, C).
+
+    >>> swap(tensor([[2., 9., 5.]]), tensor([2]))     # cat, otter, beaver; the label is beaver
+    tensor([[2., 5., 9.]])                            # beaver and otter changed places, cat stayed
+
+    A row is only permuted: the label ends largest, every other class keeps its probability, a row
+    that is already right stays, and swapping before or after softmax at any temperature is the same.
+    """
+    label = target[:, None]                                   # (B, 1)
+    top = logits.argmax(1, keepdim=True)                      # (B, 1)
+    z_y, z_m = logits.gather(1, label), logits.gather(1, top)
+    return logits.scatter(1, top, z_y).scatter(1, label, z_m)
+
+
+def add_to_target(logits, target, omega):
+    """Ground-truth Addition (GA), the alternative that the paper rejects:  z_y += omega, on every row.
+
+    omega: logit units. It changes every probability of the row, and no one knows its natural size.
+    Returns (B, C).
+    """
+    label = target[:, None]
+    return logits.scatter(1, label, logits.gather(1, label) + omega)
+
+
+def misclassified(logits, target):
+    """(B,) bool: the label's logit is below the row's maximum, so a swap changes it. A tie is right."""
+    return logits.gather(1, target[:, None])[:, 0] < logits.amax(1)
