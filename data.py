@@ -417,8 +417,10 @@ def _read_image(path, size):
 
 def _scan(folder, classes=None):
     """(paths, labels, classes) of an image folder; classes fixes the label order."""
+    Image.init()
+    endings = tuple(end for end, form in Image.registered_extensions().items() if form in Image.OPEN)
     try:
-        found = datasets.ImageFolder(folder)
+        found = datasets.DatasetFolder(folder, loader=None, extensions=endings)
     except FileNotFoundError as error:
         reason = str(error).split(" Supported extensions")[0].rstrip(".")
         raise UserError(f"{folder}: {reason}; every class needs a folder with at least one image")

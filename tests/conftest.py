@@ -1,0 +1,81 @@
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+ROOT = Path(__file__).parent.parent
+sys.path.insert(0, str(ROOT))
+
+import data  # noqa: E402
+import train  # noqa: E402
+
+
+@pytest.fixture(autouse=True)
+def own_folder_and_seed(tmp_path, monkeypatch):
+    """Every test has its own runs/ and its own random numbers."""
+    monkeypatch.chdir(tmp_path)
+    torch.manual_seed(0)
+
+
+@pytest.fixture(scope="session")
+def colors(tmp_path_factory):
+    """An image folder that is learnt in a second: noisy red, green and blue, 16 px, 40 + 20 of each."""
+    root, g = tmp_path_factory.mktemp("colors"), np.random.default_rng(0)
+    for part, n in (("train", 40), ("val", 20)):
+        for channel, name in enumerate(("red", "green", "blue")):
+            (root / part / name).mkdir(parents=True)
+            for i in range(n):
+                pixels = g.integers(0, 200, (16, 16, 3), np.uint8)
+                pixels[..., channel] = g.integers(90, 256, (16, 16), np.uint8)
+                Image.fromarray(pixels).save(root / part / name / f"{i}.png")
+    return root
+
+
+@pytest.fixture(scope="session")
+def color_teacher(colors, tmp_path_factory):
+    """A resnet8 trained on `colors`."""
+    folder = tmp_path_factory.mktemp("runs") / "teacher"
+    train.run(train.Settings(method="ce", dataset="folder", data_dir=str(colors), image_size=16, student="resnet8",
+                             epochs=4, batch_size=16, device="cpu", run_dir=str(folder)))
+    return folder / "last.pt"
+
+
+@pytest.fixture
+def short(colors, color_teacher):
+    """Settings of a run that takes a second, to be changed with keyword arguments."""
+    def make(**changes):
+        common = dict(dataset="folder", data_dir=str(colors), image_size=16, student="resnet8", epochs=4, batch_size=32, device="cpu")
+        if changes.get("method", "sld") != "ce" and not changes.get("resume"):
+            common |= dict(teacher="resnet8", teacher_checkpoint=str(color_teacher))
+        return train.Settings(**(common | changes))
+    return make
+
+
+@pytest.fixture(scope="session")
+def easy_glyphs(tmp_path_factory):
+    """A data folder whose glyphs are fewer and easier: upright, no distractors."""
+    root, patch = tmp_path_factory.mktemp("data"), pytest.MonkeyPatch()
+    for name, value in dict(GLYPHS_TRAIN=2000, GLYPHS_TEST=500, ROTATION=5, JITTER=0.1, DISTRACTORS=0, ZOOM=(1, 1.2)).items():
+        patch.setattr(data, name, value)
+    data.load("glyphs", root)
+    patch.undo()
+    return root
+
+
+@pytest.fixture
+def command(monkeypatch, capsys):
+    """Run a script's main() as from the command line: (exit status, standard output, standard error)."""
+    def run(script, *arguments):
+        monkeypatch.setattr(sys, "argv", [f"{script.__name__}.py", *map(str, arguments)])
+        capsys.readouterr()
+        try:
+            script.main()
+            status = 0
+        except SystemExit as end:
+            status = end.code or 0
+        out, err = capsys.readouterr()
+        return status, out, err
+    return run

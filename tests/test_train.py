@@ -1,0 +1,232 @@
+"""train.py end to end on small data: recipes, schedule, the step's invariants, files, resume."""
+import dataclasses
+import json
+
+import pytest
+import torch
+
+import data
+import eval as evaluation
+import losses
+import train
+from train import Settings, learning_rate, resolve, run
+
+
+def test_the_published_experiment_needs_no_further_flag():
+    s = resolve(Settings(method="sld", dataset="cifar100", teacher="resnet56", student="resnet20"))
+    assert (s.epochs, s.batch_size, s.lr, s.weight_decay, s.optimizer, s.schedule) == (240, 64, 0.025, 5e-4, "sgd", "step")
+    assert (s.views, s.temperatures, s.gamma, s.ce_weight, s.kd_weight) == ("both", (1, 2, 3, 4, 5, 6), 150, 0.1, 0.9)
+    assert (s.teacher_fix, s.student_swap, s.detach, s.warmup) == ("swap", True, False, 0)
+    kd = resolve(Settings(method="kd", dataset="cifar100"))
+    assert (kd.views, kd.temperatures, kd.lr, kd.ce_weight, kd.kd_weight, kd.gamma) == ("weak", (4,), 0.05, 0.1, 0.9, None)
+    ce = resolve(Settings(method="ce", dataset="cifar100"))
+    assert (ce.views, ce.lr, ce.teacher, ce.kd_weight) == ("weak", 0.05, None, None)
+
+
+def test_the_default_is_sld_on_glyphs():
+    s = resolve(Settings())
+    assert (s.method, s.dataset, s.teacher, s.student, s.epochs, s.gamma) == ("sld", "glyphs", "resnet20", "resnet8", 8, 5)
+
+
+def test_a_vit_student_has_its_own_recipe():
+    s = resolve(Settings(student="vit_nano"))
+    assert (s.optimizer, s.schedule) == ("adamw", "cosine") and s.warmup > 0
+    assert resolve(Settings(student="vit_nano", optimizer="sgd")).schedule == "step"
+
+
+def test_the_learning_rate_drops_after_150_180_210_of_240():
+    s = resolve(Settings(dataset="cifar100"))
+    for epoch, factor in ((1, 1), (150, 1), (151, .1), (180, .1), (181, .01), (210, .01), (211, .001), (240, .001)):
+        for within in (0.0006, 0.9994):
+            assert learning_rate(s, epoch - 1 + within) == pytest.approx(0.025 * factor)
+    short = resolve(Settings(dataset="cifar100", epochs=12))
+    assert short.gamma == 8 and learning_rate(short, 7.99) == 0.025 and learning_rate(short, 8.01) == pytest.approx(0.0025)
+
+
+def test_cosine_with_warm_up():
+    s = resolve(Settings(student="vit_nano", epochs=20, lr=1.0, warmup=2))
+    assert [round(learning_rate(s, t), 6) for t in (1, 2, 11, 20)] == [0.5, 1.0, 0.5, 0.0]
+
+
+@pytest.mark.parametrize("method, change, names", [
+    ("ce", {}, {"ce"}), ("ce", dict(views="both"), {"ce"}), ("kd", {}, {"ce", "teacher"}),
+    ("kd", dict(views="both", temperatures=(1.0, 2.0)), {"ce", "teacher"}), ("sld", {}, {"ce", "teacher", "student"}),
+    ("sld", dict(teacher_fix="add", omega=2.0), {"ce", "teacher", "student"}), ("sld", dict(student_swap=False), {"ce", "teacher"}),
+    ("sld", dict(teacher_fix="none", detach=True, gamma=0, views="weak"), {"ce", "teacher", "student"})])
+def test_each_method_trains(short, method, change, names):
+    history = run(short(method=method, run_dir="run", **change))
+    assert [row["epoch"] for row in history] == [1, 2, 3, 4]
+    last = history[-1]
+    assert {key[5:] for key in last if key.startswith("loss_")} == names
+    assert last["loss"] == pytest.approx(sum(v for k, v in last.items() if k.startswith("loss_")))
+    assert last["test_top1"] > 50 and last["best_top1"] == max(row["test_top1"] for row in history)
+    assert ("swap_teacher_weak" in last) == (method != "ce")
+    assert ("swap_teacher_strong" in last) == (method != "ce" and train.resolve(short(method=method, run_dir="x", **change)).views == "both")
+    if method == "sld" and "gamma" not in change and "student_swap" not in change:      # gamma 2 of 4 epochs
+        assert ["loss_student" in row for row in history] == [False, False, True, True]
+
+
+def test_a_run_folder_describes_itself(short):
+    history = run(short(run_dir="run"))
+    assert [json.loads(line) for line in open("run/metrics.jsonl")] == history
+    config = json.load(open("run/config.json"))
+    assert set(config) == {field.name for field in dataclasses.fields(Settings)}
+    assert config["gamma"] == 2 and config["temperatures"] == [1, 2, 3, 4, 5, 6] and config["amp"] in (True, False)
+    assert {"torch", "python", "device", "commit", "command"} <= set(json.load(open("run/env.json")))
+    for name in ("last.pt", "best.pt"):
+        checkpoint = torch.load(f"run/{name}", weights_only=True)
+        assert set(checkpoint["model"]) == set(train.create_model("resnet8", 3).state_dict())
+    import os
+    assert sorted(os.listdir("run")) == ["best.pt", "config.json", "env.json", "last.pt", "metrics.jsonl"]
+
+
+def test_eval_gives_the_numbers_of_the_log(short, command):
+    history = run(short(run_dir="run"))
+    status, out, _ = command(evaluation, "run/last.pt", "--json")
+    report = json.loads(out)
+    assert status == 0 and report["top1"] == history[-1]["test_top1"] and report["nll"] == history[-1]["test_nll"]
+    best = json.loads(command(evaluation, "run/best.pt", "--json")[1])
+    assert best["top1"] == history[-1]["best_top1"]
+
+
+def train_one_epoch(s, teacher, objective=None, epoch=1):
+    """One epoch by train_epoch itself, on the CPU in float32: (student, sums)."""
+    loaded = data.load(s.dataset, s.data_dir, s.image_size)
+    torch.manual_seed(s.seed)
+    student = train.create_model(s.student, 3, s.image_size)
+    optimizer = torch.optim.SGD(student.parameters(), s.lr, momentum=0.9, weight_decay=s.weight_decay)
+    scaler, autocast = torch.amp.GradScaler("cuda", enabled=False), torch.autocast("cpu", torch.bfloat16, enabled=False)
+    return student, train.train_epoch(s, epoch, student, teacher, objective or train.make_objective(s), loaded, optimizer, scaler, autocast)
+
+
+def test_an_epoch_is_the_plain_loop(short, color_teacher):
+    """The twenty lines a reader would write: S6 view by view, a teacher pass each, one kl call a temperature."""
+    s = resolve(short(run_dir="run", gamma=0, amp=False))
+    teacher = evaluation.load_model(color_teacher)[0].requires_grad_(False)
+    ours, sums = train_one_epoch(s, teacher)
+
+    loaded = data.load(s.dataset, s.data_dir, s.image_size)
+    torch.manual_seed(s.seed)
+    student = train.create_model("resnet8", 3)
+    optimizer = torch.optim.SGD(student.parameters(), s.lr, momentum=0.9, weight_decay=s.weight_decay)
+    total, wrong = 0, 0
+    for views, y in data.batches(loaded, s.batch_size, "both", s.seed, 1):
+        loss = 0
+        for view in views:
+            z_s, z_t = student(view), teacher(view)
+            wrong += (z_t.argmax(1) != y).sum().item()
+            loss = loss + 0.1 * torch.nn.functional.cross_entropy(z_s, y)
+            for T in range(1, 7):
+                loss = loss + 0.9 * losses.kl(z_s, losses.swap(z_t, y), T) + 0.9 * losses.kl(z_s, losses.swap(z_s, y), T)
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        total += loss.item() * len(y)
+    assert sum(v for k, v in sums.items() if k.startswith("loss_")) == pytest.approx(total / len(loaded.train[1]), rel=1e-4)
+    assert sums["swap_teacher_weak"] + sums["swap_teacher_strong"] == pytest.approx(wrong / len(loaded.train[1]))
+    for name, value in student.state_dict().items():
+        torch.testing.assert_close(ours.state_dict()[name], value, rtol=1e-3, atol=1e-4)
+
+
+@pytest.mark.parametrize("method", ["kd", "sld"])
+@pytest.mark.parametrize("amp", [False, True])
+def test_the_teacher_is_frozen_and_outside(short, color_teacher, monkeypatch, method, amp):
+    held = []
+    real = train.get_teacher
+    monkeypatch.setattr(train, "get_teacher", lambda *a: held.append(real(*a)) or held[0])
+    run(short(method=method, amp=amp, run_dir="run", epochs=2))
+    teacher, before = held[0], torch.load(color_teacher, weights_only=True)["model"]
+    assert not teacher.training and all(torch.equal(v, before[k]) for k, v in teacher.state_dict().items())
+    assert not any(p.requires_grad or p.grad is not None for p in teacher.parameters())
+    checkpoint = torch.load("run/last.pt", weights_only=True)
+    assert len(checkpoint["optimizer"]["param_groups"][0]["params"]) == len(list(train.create_model("resnet8", 3).parameters()))
+
+
+def test_the_teacher_sees_the_very_tensors_that_the_student_sees(short, color_teacher):
+    s = resolve(short(run_dir="run"))
+    teacher = evaluation.load_model(color_teacher)[0].requires_grad_(False)
+    seen = []
+    teacher.register_forward_hook(lambda module, x, out: seen.append(x[0].clone()))
+    watched = []
+    create = train.create_model
+    def watch(*a):
+        model = create(*a)
+        model.register_forward_hook(lambda module, x, out: watched.append(x[0].clone()))
+        return model
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(train, "create_model", watch)
+        train_one_epoch(s, teacher)
+    pairs = [torch.cat(watched[i:i + 2]) for i in range(0, len(watched), 2)]      # weak first, then strong
+    assert len(seen) == 4 and [len(x) for x in seen] == [64, 64, 64, 48] and all(map(torch.equal, seen, pairs))
+    assert not torch.equal(watched[0], watched[1])
+
+
+@pytest.mark.parametrize("change", [dict(method="ce"), dict(method="kd"), dict(method="sld"), dict(method="sld", student="vit_nano")],
+                         ids=["ce", "kd", "sld", "sld-adamw-cosine"])
+@pytest.mark.parametrize("stop", [1, 2])
+def test_resume_is_exact(short, change, stop, monkeypatch):
+    whole = run(short(run_dir="whole", **change))
+
+    class Stop(Exception):
+        pass
+    real = train.train_epoch
+    def interrupted(s, epoch, *rest):
+        if epoch == stop + 1:
+            raise Stop
+        return real(s, epoch, *rest)
+    monkeypatch.setattr(train, "train_epoch", interrupted)
+    with pytest.raises(Stop):
+        run(short(run_dir="cut", **change))
+    monkeypatch.setattr(train, "train_epoch", real)
+    with open("cut/metrics.jsonl", "a") as file:               # an epoch whose checkpoint was never written
+        file.write('{"epoch": 99, "test_top1": 100.0}\n')
+    again = run(Settings(resume=True, run_dir="cut"))
+    def timeless(rows):
+        return [{k: v for k, v in row.items() if k not in ("seconds", "images_per_second")} for row in rows]
+    assert timeless(again) == timeless(whole)
+    assert timeless([json.loads(line) for line in open("cut/metrics.jsonl")]) == timeless(whole)
+    for name in ("last.pt", "best.pt"):
+        a, b = (torch.load(f"{run_dir}/{name}", weights_only=True)["model"] for run_dir in ("whole", "cut"))
+        assert all(torch.equal(a[k], b[k]) for k in a)
+
+
+def test_resuming_a_finished_run_changes_nothing(short):
+    history = run(short(run_dir="run", epochs=2))
+    before = open("run/last.pt", "rb").read()
+    assert run(Settings(resume=True, run_dir="run")) == history
+    assert open("run/last.pt", "rb").read() == before
+
+
+def test_the_teacher_is_trained_first_and_then_cached(colors, command, monkeypatch):
+    arguments = ("--dataset", "folder", "--data-dir", colors, "--image-size", 16, "--teacher", "resnet8", "--epochs", 1, "--device", "cpu")
+    monkeypatch.setitem(train.SIZES, "folder", train.SIZES["folder"] | dict(epochs=4))
+    status, out, _ = command(train, *arguments)
+    assert status == 0 and out.count("no resnet8 teacher") == 1 and "test top-1" in out
+    status, out, _ = command(train, *arguments)
+    assert status == 0 and "no resnet8 teacher" not in out
+    import os
+    assert sorted(os.listdir("runs")) == ["folder-sld-resnet8-seed0", "folder-sld-resnet8-seed0-2", f"teacher-{colors.name}-16px-resnet8"]
+
+
+def test_seeds_differ_and_repeat(short):
+    a, b, c = (run(short(method="ce", run_dir=name, seed=seed, epochs=1))[0]["loss"] for name, seed in (("a", 1), ("b", 1), ("c", 2)))
+    assert a == b != c
+
+
+def test_the_default_run_says_what_it_minimises(easy_glyphs, command):
+    status, out, err = command(train, "--method", "ce", "--student", "resnet20", "--data-dir", easy_glyphs, "--epochs", 4, "--run-dir", "teacher")
+    assert status == 0, err
+    status, out, err = command(train, "--method", "sld", "--data-dir", easy_glyphs, "--epochs", 2, "--teacher-checkpoint", "teacher/last.pt")
+    assert status == 0, err
+    assert "0.9 T^2 KL(swapped teacher || student) at T = 1, 2, 3, 4, 5, 6" in out
+    assert "KL(swapped student || student) from epoch 2 on" in out and "weak and strong views" in out
+    rows = [line for line in out.splitlines() if line.split()[:1] in (["epoch"], ["1"], ["2"])]
+    assert len({len(line) for line in rows}) == 1 and len(rows) == 3
+
+
+@pytest.mark.parametrize("teacher, student", [("resnet20", "vit_nano"), ("vit_nano", "resnet8")])
+def test_a_vit_as_student_and_as_teacher(easy_glyphs, teacher, student):
+    common = dict(data_dir=str(easy_glyphs), device="cpu")
+    first = run(Settings(method="ce", student=teacher, epochs=4, run_dir="teacher", **common))
+    history = run(Settings(method="sld", teacher=teacher, student=student, teacher_checkpoint="teacher/last.pt", epochs=3, run_dir="run", **common))
+    assert first[-1]["test_top1"] > 200 / 47 and history[-1]["test_top1"] > 200 / 47
