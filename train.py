@@ -42,7 +42,7 @@ class Settings:
     teacher: str = setting("teacher network", choices=MODELS, metavar="NAME")
     teacher_checkpoint: str = setting("its weights; default: the cached ones, or trained first", metavar="FILE")
     student: str = setting(f"student network, one of {', '.join(MODELS)}", choices=MODELS, metavar="NAME")
-    epochs: int = setting("default 240 on CIFAR, 60 on a folder, 8 on glyphs", int)
+    epochs: int = setting("default 240 on CIFAR, 60 on a folder, 8 on glyphs (24 for a ViT)", int)
     batch_size: int = setting("images a step; default 64", int)
     lr: float = setting("learning rate; sgd: 0.05 for ce and kd, 0.025 for sld; adamw: 0.001", float)
     weight_decay: float = setting("on all parameters; 5e-4 for sgd, 0.05 for adamw", float)
@@ -106,7 +106,10 @@ def resolve(s):
     foreign = [flag(k) for k in METHODS["sld"] if k in given and k not in recipe]
     if foreign:
         raise UserError(f"{', '.join(foreign)}: no part of --method {full['method']}; leave it out, or choose another method")
-    optimizer = given.get("optimizer", "adamw" if given.get("student", size["student"]).startswith("vit") else "sgd")
+    vit = given.get("student", size["student"]).startswith("vit")
+    if vit and full["dataset"] == "glyphs":
+        size = size | dict(epochs=24)                          # 8 are too few steps for a ViT to get going
+    optimizer = given.get("optimizer", "adamw" if vit else "sgd")
     full = dict.fromkeys(f.name for f in dataclasses.fields(Settings)) | COMMON | recipe | size \
         | dict(optimizer=optimizer) | OPTIMIZERS[optimizer] | given
     if "teacher" not in recipe:

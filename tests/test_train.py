@@ -101,7 +101,7 @@ def train_one_epoch(s, teacher, objective=None, epoch=1):
 
 def test_an_epoch_is_the_plain_loop(short, color_teacher):
     """The twenty lines a reader would write: S6 view by view, a teacher pass each, one kl call a temperature."""
-    s = resolve(short(run_dir="run", gamma=0, amp=False))
+    s = resolve(short(run_dir="run", gamma=0, amp=False, lr=1e-3))
     teacher = evaluation.load_model(color_teacher)[0].requires_grad_(False)
     ours, sums = train_one_epoch(s, teacher)
 
@@ -124,8 +124,11 @@ def test_an_epoch_is_the_plain_loop(short, color_teacher):
         total += loss.item() * len(y)
     assert sum(v for k, v in sums.items() if k.startswith("loss_")) == pytest.approx(total / len(loaded.train[1]), rel=1e-4)
     assert sums["swap_teacher_weak"] + sums["swap_teacher_strong"] == pytest.approx(wrong / len(loaded.train[1]))
+    torch.manual_seed(s.seed)
+    start = train.create_model("resnet8", 3).state_dict()
     for name, value in student.state_dict().items():
         torch.testing.assert_close(ours.state_dict()[name], value, rtol=1e-3, atol=1e-4)
+        assert "num_batches" in name or (value - start[name]).abs().max() > 1e-3
 
 
 @pytest.mark.parametrize("method", ["kd", "sld"])
@@ -214,7 +217,7 @@ def test_seeds_differ_and_repeat(short):
 
 
 def test_the_default_run_says_what_it_minimises(easy_glyphs, command):
-    status, out, err = command(train, "--method", "ce", "--student", "resnet20", "--data-dir", easy_glyphs, "--epochs", 4, "--run-dir", "teacher")
+    status, out, err = command(train, "--method", "ce", "--student", "resnet20", "--data-dir", easy_glyphs, "--epochs", 3, "--run-dir", "teacher")
     assert status == 0, err
     status, out, err = command(train, "--method", "sld", "--data-dir", easy_glyphs, "--epochs", 2, "--teacher-checkpoint", "teacher/last.pt")
     assert status == 0, err
@@ -226,7 +229,7 @@ def test_the_default_run_says_what_it_minimises(easy_glyphs, command):
 
 @pytest.mark.parametrize("teacher, student", [("resnet20", "vit_nano"), ("vit_nano", "resnet8")])
 def test_a_vit_as_student_and_as_teacher(easy_glyphs, teacher, student):
-    common = dict(data_dir=str(easy_glyphs), device="cpu")
+    common = dict(data_dir=str(easy_glyphs), device="cpu", batch_size=16)
     first = run(Settings(method="ce", student=teacher, epochs=4, run_dir="teacher", **common))
-    history = run(Settings(method="sld", teacher=teacher, student=student, teacher_checkpoint="teacher/last.pt", epochs=3, run_dir="run", **common))
-    assert first[-1]["test_top1"] > 200 / 47 and history[-1]["test_top1"] > 200 / 47
+    history = run(Settings(method="sld", teacher=teacher, student=student, teacher_checkpoint="teacher/last.pt", epochs=4, run_dir="run", **common))
+    assert first[-1]["test_top1"] > 50 and history[-1]["test_top1"] > 50      # chance is 33
