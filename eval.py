@@ -46,6 +46,8 @@ def load_model(path, name=None):
     head = state.get("fc.weight", state.get("head.weight"))
     if not isinstance(head, torch.Tensor) or head.ndim != 2:
         raise UserError(f"{path}: no classifier weights (fc.weight or head.weight), so not a {name} of this project")
+    if len(head) < 2:
+        raise UserError(f"{path}: has a single class; a classifier needs at least 2")
     model = create_model(name, len(head), checkpoint.get("image_size", 32))
     expected = model.state_dict()
     wrong = sorted(expected.keys() ^ state.keys()) or [k for k in expected if expected[k].shape != state[k].shape]

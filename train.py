@@ -125,6 +125,9 @@ def resolve(s):
         check(name, 0)
     for name in ("weight_decay", "warmup", "ce_weight", "kd_weight", "seed"):
         check(name, 0, strict=False)
+    for network in (full["student"], full["teacher"]):
+        if network and network.startswith("vit") and full["image_size"] % 8:
+            raise UserError(f"--image-size {full['image_size']}: {network} needs a multiple of 8")
     if full["temperatures"] is not None:
         full["temperatures"] = tuple(full["temperatures"])
     if not full["student_swap"] and ("gamma" in given or "detach" in given):
@@ -307,8 +310,8 @@ def train_epoch(s, epoch, student, teacher, objective, data, optimizer, scaler, 
 COLUMNS = (  # heading, key, format
     ("epoch", "epoch", "5d"), ("lr", "lr", "9.2g"), ("ce", "loss_ce", "8.3f"), ("teacher", "loss_teacher", "8.3f"),
     ("student", "loss_student", "8.3f"), ("train%", "train_top1", "7.2f"), ("test%", "test_top1", "7.2f"),
-    ("best%", "best_top1", "7.2f"), ("t.weak", "swap_teacher_weak", "7.2f"), ("t.strong", "swap_teacher_strong", "9.2f"),
-    ("student", "swap_student", "8.2f"), ("sec", "seconds", "7.1f"), ("img/s", "images_per_second", "7.0f"))
+    ("best%", "best_top1", "7.2f"), ("swapTw%", "swap_teacher_weak", "8.2f"), ("swapTs%", "swap_teacher_strong", "8.2f"),
+    ("swapS%", "swap_student", "7.2f"), ("sec", "seconds", "7.1f"), ("img/s", "images_per_second", "7.0f"))
 
 
 def epoch_line(row):
@@ -391,6 +394,7 @@ def run(settings):
     if not s.resume:
         write_json(folder / "config.json", dataclasses.asdict(s))
     write_json(folder / "env.json", environment(device))
+    print("swap%     rows whose top class is not the label: of the teacher on weak (Tw) and strong (Ts) views, of the student (S)")
     print("\n" + header_line())
 
     objective = make_objective(s)
@@ -441,6 +445,10 @@ def main():
         run(Settings(**vars(parser.parse_args())))
     except UserError as error:
         parser.exit(2, f"train.py: {error}\n")
+    except OSError as error:                                   # a full disk, a folder without permission
+        parser.exit(2, f"train.py: {error.filename or 'the run folder'}: {error.strerror or error}\n")
+    except KeyboardInterrupt:
+        parser.exit(130, "\ntrain.py: interrupted; python train.py --resume --run-dir RUN goes on after the last whole epoch\n")
 
 
 if __name__ == "__main__":
