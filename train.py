@@ -307,21 +307,17 @@ def train_epoch(s, epoch, student, teacher, objective, data, optimizer, scaler, 
 
 # --- A run ------------------------------------------------------------------------------------------
 
-COLUMNS = (  # heading, key, format
-    ("epoch", "epoch", "5d"), ("lr", "lr", "9.2g"), ("ce", "loss_ce", "8.3f"), ("teacher", "loss_teacher", "8.3f"),
-    ("student", "loss_student", "8.3f"), ("train%", "train_top1", "7.2f"), ("test%", "test_top1", "7.2f"),
-    ("best%", "best_top1", "7.2f"), ("swapTw%", "swap_teacher_weak", "8.2f"), ("swapTs%", "swap_teacher_strong", "8.2f"),
-    ("swapS%", "swap_student", "7.2f"), ("sec", "seconds", "7.1f"), ("img/s", "images_per_second", "7.0f"))
+COLUMNS = (  # heading, key, width, format
+    ("epoch", "epoch", 5, "d"), ("lr", "lr", 8, ".2g"), ("ce", "loss_ce", 7, ".3f"), ("teacher", "loss_teacher", 8, ".3f"),
+    ("student", "loss_student", 8, ".3f"), ("train%", "train_top1", 7, ".2f"), ("test%", "test_top1", 6, ".2f"),
+    ("best%", "best_top1", 6, ".2f"), ("swapTw%", "swap_teacher_weak", 8, ".2f"), ("swapTs%", "swap_teacher_strong", 8, ".2f"),
+    ("swapS%", "swap_student", 7, ".2f"), ("sec", "seconds", 7, ".1f"), ("img/s", "images_per_second", 7, ".0f"))
+HEADER = " ".join(heading.rjust(width) for heading, _, width, _ in COLUMNS)
 
 
 def epoch_line(row):
-    """One fixed-width line; a key that the method does not have shows as a dash."""
-    return " ".join(format(row[key], form) if row.get(key) is not None else "-".rjust(int(form[:-1].split(".")[0]))
-                    for _, key, form in COLUMNS)
-
-
-def header_line():
-    return " ".join(name.rjust(int(form[:-1].split(".")[0])) for name, _, form in COLUMNS)
+    """One fixed-width line under HEADER; what the method does not have shows as a dash."""
+    return " ".join((format(row[key], form) if key in row else "-").rjust(width) for _, key, width, form in COLUMNS)
 
 
 def open_run(s):
@@ -395,7 +391,7 @@ def run(settings):
         write_json(folder / "config.json", dataclasses.asdict(s))
     write_json(folder / "env.json", environment(device))
     print("swap%     rows whose top class is not the label: of the teacher on weak (Tw) and strong (Ts) views, of the student (S)")
-    print("\n" + header_line())
+    print("\n" + HEADER)
 
     objective = make_objective(s)
     metrics_file = folder / "metrics.jsonl"
@@ -448,7 +444,7 @@ def main():
     except OSError as error:                                   # a full disk, a folder without permission
         parser.exit(2, f"train.py: {error.filename or 'the run folder'}: {error.strerror or error}\n")
     except KeyboardInterrupt:
-        parser.exit(130, "\ntrain.py: interrupted; python train.py --resume --run-dir RUN goes on after the last whole epoch\n")
+        parser.exit(130, "\ntrain.py: interrupted; whole epochs are saved, --resume --run-dir DIR goes on after the last\n")
 
 
 if __name__ == "__main__":

@@ -1,0 +1,77 @@
+"""The README's commands run, shortened by flags only, and its tables are what the logs give."""
+import re
+import shlex
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+from PIL import Image
+
+import eval as evaluation
+import train
+from models import create_model
+
+ROOT = Path(__file__).parent.parent
+README = (ROOT / "README.md").read_text(encoding="utf-8")
+COMMANDS = [line.split("&&")[-1].strip() for block in re.findall(r"```sh\n(.*?)```", README, re.S) for line in block.splitlines()]
+
+
+def test_the_two_commands_stand_in_the_readme_and_the_gate():
+    assert "pip install -r requirements.txt && python train.py --method sld" in README
+    assert "pip install -r requirements.txt && python -m pytest" in README
+    assert "python -m pytest" in (ROOT / ".ci/run").read_text()
+
+
+def constant_teacher(name, classes, path):
+    """Always says class 0, which is most of the test images below: enough to pass the door."""
+    model = create_model(name, classes)
+    torch.nn.init.zeros_(model.fc.weight)
+    with torch.no_grad():
+        model.fc.bias[0] = 1
+    torch.save(model.state_dict(), path)
+
+
+def test_every_command_runs(easy_glyphs, colors, command, tmp_path, monkeypatch):
+    shutil.copytree(colors, "photos")
+    shutil.copytree(ROOT / "results", "results")
+    for k in range(100):
+        for part, n in (("train", 1), ("test", 1 + 50 * (k == 0))):
+            (tmp_path / f"cifar/{part}/{k:02d}").mkdir(parents=True)
+            for i in range(n):
+                Image.new("RGB", (32, 32), (k, 50, i)).save(tmp_path / f"cifar/{part}/{k:02d}/{i}.png")
+    constant_teacher("resnet56", 100, "cifar100_resnet56.pth")
+    constant_teacher("resnet20", 3, "three.pt")
+    assert command(train, "--method", "ce", "--data-dir", easy_glyphs, "--student", "resnet20", "--epochs", 3, "--run-dir", "runs/teacher-glyphs-resnet20")[0] == 0
+    shorter = {"glyphs": ["--data-dir", easy_glyphs, "--epochs", 2], "cifar100": ["--data-dir", "cifar", "--epochs", 2, "--teacher-checkpoint", "cifar100_resnet56.pth"],
+               "folder": ["--epochs", 2, "--image-size", 16, "--teacher-checkpoint", "three.pt"]}
+    ran = 0
+    for line in COMMANDS:
+        words = shlex.split(line)
+        if words[1] == "train.py":
+            dataset = words[words.index("--dataset") + 1] if "--dataset" in words else "glyphs"
+            extra = [] if "--resume" in words else shorter[dataset]
+        elif words[1] == "eval.py":
+            extra = ["--data-dir", "cifar"] if "cifar100" in words else []
+        else:
+            assert words[1:] == ["-m", "pytest"]
+            continue
+        status, out, err = command(train if words[1] == "train.py" else evaluation, *words[2:], *extra)
+        assert status == 0, (line, err)
+        ran += 1
+    assert ran >= 15
+
+
+@pytest.mark.parametrize("folder", re.findall(r"<!-- table: (\S+) -->", README))
+def test_the_tables_are_what_the_logs_give(folder):
+    in_readme = re.search(rf"<!-- table: {folder} -->\n(.*?)\n<!-- end -->", README, re.S).group(1)
+    assert in_readme == evaluation.table(ROOT / folder)
+
+
+def test_each_committed_run_has_its_settings_and_every_epoch():
+    runs = sorted((ROOT / "results").rglob("metrics.jsonl"))
+    assert runs
+    for path in runs:
+        config, rows = evaluation.read_run(path.parent)
+        assert [row["epoch"] for row in rows] == list(range(1, config["epochs"] + 1)), path
+        assert (path.parent / "env.json").exists()
