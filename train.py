@@ -99,9 +99,10 @@ def resolve(s):
     """Settings with every None filled from the recipes. Raises UserError for values that make no sense."""
     given = {k: v for k, v in dataclasses.asdict(s).items() if v is not None}
     full = COMMON | given
-    for name, known in (("method", METHODS), ("dataset", SIZES), ("student", MODELS), ("teacher", MODELS), ("optimizer", OPTIMIZERS)):
-        if name in full and full[name] not in known:
-            raise UserError(f"{flag(name)} {full[name]}: unknown; choose one of {', '.join(known)}")
+    for field in dataclasses.fields(Settings):                 # argparse has checked; a notebook has not
+        known = field.metadata.get("choices")
+        if known and field.name in full and full[field.name] not in known:
+            raise UserError(f"{flag(field.name)} {full[field.name]}: unknown; choose one of {', '.join(known)}")
     recipe, size = METHODS[full["method"]], SIZES[full["dataset"]]
     foreign = [flag(k) for k in METHODS["sld"] if k in given and k not in recipe]
     if foreign:
@@ -130,6 +131,8 @@ def resolve(s):
             raise UserError(f"--image-size {full['image_size']}: {network} needs a multiple of 8")
     if full["temperatures"] is not None:
         full["temperatures"] = tuple(full["temperatures"])
+        if not full["temperatures"]:
+            raise UserError("--temperatures: give at least one")
     if not full["student_swap"] and ("gamma" in given or "detach" in given):
         raise UserError("--gamma, --detach: these belong to the student swap; leave out --no-student-swap or them")
     if full["student_swap"] and full["gamma"] is None:

@@ -233,3 +233,9 @@ def test_a_vit_as_student_and_as_teacher(easy_glyphs, teacher, student):
     first = run(Settings(method="ce", student=teacher, epochs=4, run_dir="teacher", **common))
     history = run(Settings(method="sld", teacher=teacher, student=student, teacher_checkpoint="teacher/last.pt", epochs=4, run_dir="run", **common))
     assert first[-1]["test_top1"] > 50 and history[-1]["test_top1"] > 50      # chance is 33
+
+
+@pytest.mark.parametrize("change", [dict(views="strong"), dict(method="mlkd"), dict(student="resnet9"), dict(temperatures=()), dict(gamma=8)])
+def test_a_notebooks_mistakes_raise_one_line(change):
+    with pytest.raises(data.UserError, match=next(iter(change))):
+        resolve(Settings(**change))
