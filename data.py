@@ -53,7 +53,7 @@ def warp(images, matrix):
     x, y = x[None, None, :], y[None, :, None]
     u, v = (a * x + b * y + c) >> 16, (d * x + e * y + f) >> 16          # (B, H, W) source column, row
     inside = (u >= 0) & (u < W) & (v >= 0) & (v < H)
-    index = torch.where(inside, v * W + u, 0).view(B, 1, H * W).expand(-1, 3, -1).long()
+    index = torch.where(inside, v * W + u, 0).long().view(B, 1, H * W).expand(-1, 3, -1)
     out = images.flatten(2).gather(2, index).view(B, 3, H, W)
     return out * inside[:, None]
 
@@ -248,7 +248,8 @@ def batches(dataset, batch_size, views, seed, epoch):
     generator = torch.Generator().manual_seed(1_000_003 * seed + epoch)
     order = torch.randperm(n, generator=generator)
     numbers = [draw(n, size, dataset.flip, generator) for _ in range(1 + (views == "both"))]
-    chunk = batch_size * max(1, (512 if images.device.type == "cpu" else 8192) // batch_size)
+    at_once = (512 if images.device.type == "cpu" else 8192) * 32 ** 2 // size ** 2
+    chunk = batch_size * max(1, at_once // batch_size)
     for start in range(0, n, chunk):
         rows = order[start:start + chunk].to(images.device)
         part = [{k: v[start:start + chunk] for k, v in view.items()} for view in numbers]
@@ -331,9 +332,6 @@ def render_glyphs(n, seed):
     return (images.clamp(0, 1) * 255).round().byte(), labels
 
 
-
-
-
 # --- Loading ----------------------------------------------------------------------------------------
 
 CIFAR = {                                                      # C, mean and std as published
@@ -368,7 +366,7 @@ def load(name, data_dir="data", image_size=32, train=True, statistics=None):
                         f"it there as train/<class>/ and test/<class>/ image folders, or try again online")
     train_part, test_part = ((torch.from_numpy(p.data).permute(0, 3, 1, 2).contiguous(),
                               torch.tensor(p.targets)) for p in parts)
-    return Dataset(train_part, test_part, parts[0].classes, *CIFAR[name][1:], flip=True)
+    return Dataset(train_part if train else None, test_part, parts[0].classes, *CIFAR[name][1:], flip=True)
 
 
 def _statistics(images):
@@ -402,7 +400,7 @@ def _load_glyphs(root, train):
 def _read_image(path, size):
     """(size, size, 3) uint8 of any image file: first frame, upright, 16 bits scaled to 8, squeezed square."""
     try:
-        with warnings.catch_warnings(action="ignore"), Image.open(path) as image:
+        with Image.open(path) as image:
             image = ImageOps.exif_transpose(image)
             if image.mode.startswith("I"):                     # convert("RGB") would clip 16 bits to white
                 image = Image.fromarray((np.asarray(image).clip(0, 65535) // 256).astype(np.uint8))
@@ -455,11 +453,11 @@ def _load_folder(root, image_size, train, statistics, expected):
                         f"{memory / 2 ** 30:.1f} GiB; give a smaller --image-size")
 
     def read(paths, labels):
-        images = np.empty((len(paths), image_size, image_size, 3), np.uint8)
-        with ThreadPoolExecutor() as pool:                     # Pillow decodes outside Python's lock
+        images = np.empty((len(paths), 3, image_size, image_size), np.uint8)
+        with warnings.catch_warnings(action="ignore"), ThreadPoolExecutor() as pool:                     # Pillow decodes outside Python's lock
             for i, image in enumerate(pool.map(lambda path: _read_image(path, image_size), paths)):
-                images[i] = image
-        return torch.from_numpy(images).permute(0, 3, 1, 2).contiguous(), torch.tensor(labels)
+                images[i] = image.transpose(2, 0, 1)
+        return torch.from_numpy(images), torch.tensor(labels)
 
     train_part = read(train_paths, train_labels) if train else None
     mean, std = statistics or _statistics(train_part[0])

@@ -1,18 +1,17 @@
 """Measure a classifier:  python eval.py CHECKPOINT   |   make a results table:  python eval.py --table DIR
 
 A checkpoint of train.py needs no other flag. A foreign one needs --model, --dataset and --data-dir.
-Everything is measured in float32 on the test part, so the numbers are those of the training log.
+Everything is measured in float32 on the test part, so the numbers are those of a CPU run's log.
 """
 import argparse
 import json
 import pickle
-import sys
 from pathlib import Path
 
 import torch
 import torch.nn.functional as F
 
-from data import CIFAR, DATASETS, UserError, load, normalize
+from data import DATASETS, UserError, load, normalize
 from models import MODELS, create_model
 
 
@@ -115,21 +114,29 @@ def read_run(folder):
     return config, rows
 
 
+PER_SEED = {"seed", "run_dir", "resume", "data_dir", "device", "amp", "teacher_checkpoint"}   # may differ within a row
+
+
 def table(folder):
-    """Markdown table of all runs under `folder`, one row for each parent of seed folders."""
+    """Markdown table of all runs under `folder`, one row for each parent of seed folders. Raises UserError
+    where a row would mix experiments, or runs of different length."""
     groups = {}
     for path in sorted(Path(folder).rglob("metrics.jsonl")):
-        groups.setdefault(path.parent.parent.name, []).append(read_run(path.parent))
+        groups.setdefault(path.parent.parent, []).append(read_run(path.parent))
     if not groups:
         raise UserError(f"--table {folder}: no metrics.jsonl below it; a run of train.py writes one")
+    for parent, runs in groups.items():
+        kinds = {json.dumps([len(rows), {k: v for k, v in config.items() if k not in PER_SEED}]) for config, rows in runs}
+        if len(kinds) > 1:
+            raise UserError(f"--table: {parent} mixes runs of different settings or lengths; keep the seeds of one experiment in a folder")
     lines = ["| run | student | epochs | n seeds | last epoch, top-1 % (mean ± sd) | best epoch, top-1 % (mean; selected on test) |",
              "|---|---|---|---|---|---|"]
-    for name, runs in groups.items():
+    for parent, runs in groups.items():
         config, rows = runs[0]
         last = torch.tensor([rows[-1]["test_top1"] for _, rows in runs], dtype=torch.float64)
         best = torch.tensor([max(row["test_top1"] for row in rows) for _, rows in runs], dtype=torch.float64)
         spread = f" ± {last.std():.2f}" if len(runs) > 1 else ""
-        lines.append(f"| {name} | {config['student']} | {len(rows)} | {len(runs)} | {last.mean():.2f}{spread} | {best.mean():.2f} |")
+        lines.append(f"| {parent.name} | {config['student']} | {len(rows)} | {len(runs)} | {last.mean():.2f}{spread} | {best.mean():.2f} |")
     return "\n".join(lines)
 
 
@@ -148,6 +155,8 @@ def main():
     try:
         if bool(args.table) == bool(args.checkpoint):
             raise UserError("give either a CHECKPOINT or --table DIR")
+        if args.teacher and not args.teacher_checkpoint:
+            raise UserError("--teacher: names the network of --teacher-checkpoint; give both")
         if args.table:
             print(table(args.table))
             return
@@ -184,6 +193,9 @@ def check_classes(path, checkpoint, model, data):
         raise UserError(f"{path}: has {head.out_features} classes, the data has {len(data.classes)}")
     if checkpoint.get("classes", data.classes) != data.classes:
         raise UserError(f"{path}: was trained on other classes than the data's {data.classes[:3]}…")
+    side, made_for = data.test[0].shape[-1], checkpoint.get("image_size", 32)
+    if hasattr(model, "pos_embed") and side != made_for:
+        raise UserError(f"{path}: a ViT for {made_for} px, the images have {side}; give another checkpoint or --image-size")
 
 
 if __name__ == "__main__":

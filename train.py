@@ -14,7 +14,6 @@ import platform
 import subprocess
 import sys
 import time
-from functools import partial
 from pathlib import Path
 
 import torch
@@ -142,6 +141,8 @@ def resolve(s):
                         f"give 0 to {full['epochs'] - 1}, or --no-student-swap")
     if (full["teacher_fix"] == "add") != (full["omega"] is not None):
         raise UserError("--omega: give it with --teacher-fix add, and only there")
+    if full["omega"] is not None and not math.isfinite(full["omega"]):
+        raise UserError(f"--omega {full['omega']}: must be a finite number")
     if full["run_dir"] is None:
         name = f"{full['dataset']}-{full['method']}-{full['student']}-seed{full['seed']}"
         numbered = (Path("runs") / (f"{name}-{k}" if k > 1 else name) for k in range(1, 10**6))
@@ -155,7 +156,7 @@ def learning_rate(s, done):
         return s.lr * done / s.warmup
     if s.schedule == "cosine":
         return s.lr * 0.5 * (1 + math.cos(math.pi * (done - s.warmup) / (s.epochs - s.warmup)))
-    return s.lr * 0.1 ** sum(done >= round(m * s.epochs / OF) for m in MILESTONES)
+    return s.lr * 0.1 ** sum(done >= m for m in {round(m * s.epochs / OF) for m in MILESTONES})
 
 
 def make_objective(s):
@@ -173,7 +174,7 @@ def in_words(s):
     """The resolved experiment, one line for each of its parts."""
     loss = "CE(label)"
     if s.method != "ce":
-        fixed = {"swap": "swapped teacher", "add": f"teacher + {s.omega:g} on the label" if s.omega else ""}.get(s.teacher_fix, "teacher")
+        fixed = {"swap": "swapped teacher", "add": f"teacher + {s.omega} on the label"}.get(s.teacher_fix, "teacher")
         loss = (f"{s.ce_weight:g} CE(label) + {s.kd_weight:g} T^2 KL({fixed} || student) "
                 f"at T = {', '.join(f'{T:g}' for T in s.temperatures)}")
     if s.student_swap:
@@ -206,7 +207,7 @@ def amp_by_default(device):
 
 def write_atomically(path, write):
     """write(temporary file) and rename: a reader, or a crash, finds the old file or the new one."""
-    temporary = path.with_name(path.name + ".tmp")
+    temporary = path.with_name(f"{path.name}.{os.getpid()}.tmp")
     with open(temporary, "wb") as file:
         write(file)
         file.flush()
@@ -244,13 +245,13 @@ def get_teacher(s, data, device):
         name = s.dataset if s.dataset != "folder" else f"{Path(s.data_dir).resolve().name}-{s.image_size}px"
         folder = Path("runs") / f"teacher-{name}-{s.teacher}"
         path = folder / "last.pt"
-        rows, started = [], (folder / "config.json").exists()
-        if started:
-            config, rows = read_run(folder)
-        if not rows or rows[-1]["epoch"] < config["epochs"]:
+        started = (folder / "config.json").exists()
+        done = load_model(path)[1]["epoch"] if path.exists() else 0
+        if not started or done < json.loads((folder / "config.json").read_text())["epochs"]:
             print(f"no {s.teacher} teacher for {name} yet: {'going on with' if started else 'training'} it first, in {folder}\n"
                   f"(your own instead: --teacher-checkpoint FILE)\n")
-            whole = {} if started else dict(method="ce", dataset=s.dataset, image_size=s.image_size, student=s.teacher)
+            whole = {} if started else dict(method="ce", dataset=s.dataset, image_size=s.image_size, student=s.teacher,
+                                            batch_size=min(64, len(data.train[1])), amp=s.amp)
             run(Settings(**whole, data_dir=s.data_dir, device=s.device, run_dir=str(folder), resume=started))
             print()
     teacher, checkpoint = load_model(path, s.teacher)
@@ -261,7 +262,7 @@ def get_teacher(s, data, device):
     floor = 100 * min(2 / C, 1 / C + 0.1)                      # twice chance means nothing for 2 classes
     if not top1 > floor:
         raise UserError(f"{path}: the teacher has {top1:.2f} % test top-1, no better than {floor:.2f} % "
-                        f"(twice chance); give another --teacher-checkpoint")
+                        f"({'twice chance' if C >= 10 else 'ten points above chance'}); give another --teacher-checkpoint")
     print(f"teacher   {s.teacher} from {path}: {top1:.2f} % test top-1")
     return teacher
 
@@ -272,7 +273,8 @@ def train_epoch(s, epoch, student, teacher, objective, data, optimizer, scaler, 
     """One pass over the training part. Returns the epoch's sums as plain numbers, read off the device once."""
     device = next(student.parameters()).device
     steps = math.ceil(len(data.train[1]) / s.batch_size)
-    sums, rows = {}, 0
+    sums, rows, skipped = {}, 0, 0
+    wide = torch.float32 if device.type == "mps" else torch.float64     # MPS has no float64
     student.train()
     bar = tqdm(batches(data, s.batch_size, s.views, s.seed, epoch), f"epoch {epoch}", steps, leave=False, disable=None)
     for step, (views, target) in enumerate(bar):
@@ -293,8 +295,10 @@ def train_epoch(s, epoch, student, teacher, objective, data, optimizer, scaler, 
 
         optimizer.zero_grad(set_to_none=True)
         scaler.scale(sum(terms.values())).backward()
-        scaler.step(optimizer)
+        scale = scaler.get_scale()
+        scaler.step(optimizer)                                 # float16 only: leaves out a step with non-finite gradients
         scaler.update()
+        skipped += scaler.get_scale() < scale
 
         rows += len(target)
         with torch.no_grad():                                  # stays on the device: no sync
@@ -304,8 +308,8 @@ def train_epoch(s, epoch, student, teacher, objective, data, optimizer, scaler, 
                 if teacher:
                     counted[f"swap_teacher_{view}"] = misclassified(z_t, target).sum()
             for name, value in counted.items():
-                sums[name] = sums.get(name, 0) + value.double()
-    return {name: value.item() / rows for name, value in sums.items()}
+                sums[name] = sums.get(name, 0) + value.to(wide)
+    return {name: value.item() / rows for name, value in sums.items()}, skipped
 
 
 # --- A run ------------------------------------------------------------------------------------------
@@ -325,15 +329,15 @@ def epoch_line(row):
 
 def open_run(s):
     """(resolved Settings, checkpoint to go on from or None). Raises UserError where the folder holds another run."""
-    folder = Path(s.run_dir) if s.run_dir else None
     if not s.resume:
         s = resolve(s)
         folder = Path(s.run_dir)
         if folder.is_dir() and any(folder.iterdir()):
             raise UserError(f"--run-dir {folder}: already holds a run or other files; give another, or --resume to go on")
         return s, None
-    if folder is None:
+    if s.run_dir is None:
         raise UserError("--resume: say which run with --run-dir")
+    folder = Path(s.run_dir)
     try:
         saved = json.loads((folder / "config.json").read_text())
         saved = Settings(**saved | dict(temperatures=saved["temperatures"] and tuple(saved["temperatures"])))
@@ -376,23 +380,25 @@ def run(settings):
     autocast = torch.autocast(device.type, torch.float16 if device.type == "cuda" else torch.bfloat16, enabled=s.amp)
     history = []
     if checkpoint:
+        check_classes(folder / "last.pt", checkpoint, student, data)
         if checkpoint["teacher_digest"] != digest:
             raise UserError(f"--resume: {folder} was trained with another {s.teacher} teacher; give its --teacher-checkpoint")
         student.load_state_dict(checkpoint["model"])
         optimizer.load_state_dict(checkpoint["optimizer"])
-        scaler.load_state_dict(checkpoint["scaler"])
+        if checkpoint["scaler"]:                               # empty from a run without float16
+            scaler.load_state_dict(checkpoint["scaler"])
         history = read_run(folder)[1][:checkpoint["epoch"]]    # a row without its checkpoint is run again
 
     print(f"data      {s.dataset}: {n} training and {len(data.test[1])} test images, {C} classes, {s.image_size} px")
     print(in_words(s))
     print(f"device    {device.type}, {'mixed precision (' + str(autocast.fast_dtype)[6:] + ')' if s.amp else 'float32'}; run folder {folder}")
-    if s.batch_size != 64:
+    if s.batch_size != 64 and settings.lr is None and s.optimizer == "sgd":
         print(f"note      batch {s.batch_size} is not the recipe's 64; linear scaling would give --lr {s.lr * s.batch_size / 64:g} "
               f"instead of {s.lr:g} (not applied)")
     folder.mkdir(parents=True, exist_ok=True)
     if not s.resume:
         write_json(folder / "config.json", dataclasses.asdict(s))
-    write_json(folder / "env.json", environment(device))
+        write_json(folder / "env.json", environment(device))
     print("swap%     rows whose top class is not the label: of the teacher on weak (Tw) and strong (Ts) views, of the student (S)")
     print("\n" + HEADER)
 
@@ -401,7 +407,7 @@ def run(settings):
     write_atomically(metrics_file, lambda file: file.write("".join(json.dumps(row) + "\n" for row in history).encode()))
     for epoch in range(len(history) + 1, s.epochs + 1):
         start = time.perf_counter()
-        sums = train_epoch(s, epoch, student, teacher, objective, data, optimizer, scaler, autocast)
+        sums, skipped = train_epoch(s, epoch, student, teacher, objective, data, optimizer, scaler, autocast)
         seconds = time.perf_counter() - start
         losses_ = {k: v for k, v in sums.items() if k.startswith("loss_")}
         if not math.isfinite(sum(losses_.values())):
@@ -413,7 +419,7 @@ def run(settings):
         row = dict(epoch=epoch, lr=optimizer.param_groups[0]["lr"], loss=sum(losses_.values()), **losses_,
                    train_top1=100 * (1 - sums["swap_student_weak"]), test_top1=test["top1"], test_top5=test["top5"],
                    test_nll=test["nll"], best_top1=best, **swaps, swap_student=100 * sum(wrong) / len(wrong),
-                   seconds=seconds, images_per_second=n / seconds)
+                   skipped_steps=skipped, seconds=seconds, images_per_second=n / seconds)
         history.append(row)
         with open(metrics_file, "a") as file:
             file.write(json.dumps(row) + "\n")

@@ -81,3 +81,10 @@ def test_a_pickle_that_would_run_code_is_refused(tmp_path):
         with pytest.raises(UserError, match=f"{name}: not a PyTorch checkpoint"):
             evaluation.load_model(tmp_path / name, "resnet8")
     assert not (tmp_path / "ran").exists()
+
+
+def test_the_table_refuses_to_mix_experiments(tmp_path, command):
+    write_run(tmp_path / "kd/seed0", [50, 70], lr=0.05, seed=0)
+    write_run(tmp_path / "kd/seed1", [50, 55], lr=0.025, seed=1)
+    status, _, err = command(evaluation, "--table", tmp_path)
+    assert status == 2 and "mixes" in err and "kd" in err

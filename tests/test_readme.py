@@ -32,7 +32,7 @@ def constant_teacher(name, classes, path):
     torch.save(model.state_dict(), path)
 
 
-def test_every_command_runs(easy_glyphs, colors, command, tmp_path, monkeypatch):
+def test_every_command_runs(easy_glyphs, colors, color_teacher, command, tmp_path, monkeypatch):
     shutil.copytree(colors, "photos")
     shutil.copytree(ROOT / "results", "results")
     for k in range(100):
@@ -41,10 +41,9 @@ def test_every_command_runs(easy_glyphs, colors, command, tmp_path, monkeypatch)
             for i in range(n):
                 Image.new("RGB", (32, 32), (k, 50, i)).save(tmp_path / f"cifar/{part}/{k:02d}/{i}.png")
     constant_teacher("resnet56", 100, "cifar100_resnet56.pth")
-    constant_teacher("resnet20", 3, "three.pt")
     assert command(train, "--method", "ce", "--data-dir", easy_glyphs, "--student", "resnet20", "--epochs", 3, "--run-dir", "runs/teacher-glyphs-resnet20")[0] == 0
     shorter = {"glyphs": ["--data-dir", easy_glyphs, "--epochs", 2], "cifar100": ["--data-dir", "cifar", "--epochs", 2, "--teacher-checkpoint", "cifar100_resnet56.pth"],
-               "folder": ["--epochs", 2, "--image-size", 16, "--teacher-checkpoint", "three.pt"]}
+               "folder": ["--epochs", 2, "--image-size", 16, "--teacher", "resnet8", "--teacher-checkpoint", color_teacher]}
     ran = 0
     for line in COMMANDS:
         words = shlex.split(line)

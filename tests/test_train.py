@@ -96,7 +96,7 @@ def train_one_epoch(s, teacher, objective=None, epoch=1):
     student = train.create_model(s.student, 3, s.image_size)
     optimizer = torch.optim.SGD(student.parameters(), s.lr, momentum=0.9, weight_decay=s.weight_decay)
     scaler, autocast = torch.amp.GradScaler("cuda", enabled=False), torch.autocast("cpu", torch.bfloat16, enabled=False)
-    return student, train.train_epoch(s, epoch, student, teacher, objective or train.make_objective(s), loaded, optimizer, scaler, autocast)
+    return student, train.train_epoch(s, epoch, student, teacher, objective or train.make_objective(s), loaded, optimizer, scaler, autocast)[0]
 
 
 def test_an_epoch_is_the_plain_loop(short, color_teacher):
@@ -239,3 +239,19 @@ def test_a_vit_as_student_and_as_teacher(easy_glyphs, teacher, student):
 def test_a_notebooks_mistakes_raise_one_line(change):
     with pytest.raises(data.UserError, match=next(iter(change))):
         resolve(Settings(**change))
+
+
+def test_a_teacher_interrupted_in_its_first_epoch_is_trained_again(colors, command, monkeypatch):
+    monkeypatch.setitem(train.SIZES, "folder", train.SIZES["folder"] | dict(epochs=4))
+    arguments = ("--dataset", "folder", "--data-dir", colors, "--image-size", 16, "--teacher", "resnet8", "--epochs", 1, "--device", "cpu")
+    real, calls = train.train_epoch, []
+    def interrupted(*a):
+        calls.append(a)
+        if len(calls) == 1:
+            raise KeyboardInterrupt
+        return real(*a)
+    monkeypatch.setattr(train, "train_epoch", interrupted)
+    status, _, err = command(train, *arguments)
+    assert status == 130 and "--resume" in err
+    status, out, err = command(train, *arguments)
+    assert status == 0 and "going on with it first" in out, err
