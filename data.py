@@ -25,6 +25,16 @@ class UserError(ValueError):
     """Something the user can mend: one line that names the flag or file and says what to do."""
 
 
+def write_atomically(path, write):
+    """write(temporary file) and rename: a reader, or a crash, finds the old file or the new one."""
+    temporary = path.with_name(f"{path.name}.{os.getpid()}.tmp")
+    with open(temporary, "wb") as file:
+        write(file)
+        file.flush()
+        os.fsync(file.fileno())
+    os.replace(temporary, path)
+
+
 @dataclass
 class Dataset:
     """train and test: (images, labels), train is None where only the test part was asked for.
@@ -388,10 +398,8 @@ def _load_glyphs(root, train):
         print(f"rendering the glyphs data set into {path}", flush=True)
         arrays = [*render_glyphs(GLYPHS_TRAIN, seed=1), *render_glyphs(GLYPHS_TEST, seed=2)]
         root.mkdir(parents=True, exist_ok=True)
-        temporary = path.with_suffix(f".{os.getpid()}.tmp")
-        with open(temporary, "wb") as file:
-            np.savez(file, **dict(zip(("train_x", "train_y", "test_x", "test_y"), map(torch.Tensor.numpy, arrays))))
-        os.replace(temporary, path)
+        named = dict(zip(("train_x", "train_y", "test_x", "test_y"), map(torch.Tensor.numpy, arrays)))
+        write_atomically(path, lambda file: np.savez(file, **named))
     mean, std = _statistics(arrays[0])
     # A mirrored character is another character, or none.
     return Dataset(tuple(arrays[:2]) if train else None, tuple(arrays[2:]), GLYPHS, mean, std, flip=False)
@@ -454,7 +462,7 @@ def _load_folder(root, image_size, train, statistics, expected):
 
     def read(paths, labels):
         images = np.empty((len(paths), 3, image_size, image_size), np.uint8)
-        with warnings.catch_warnings(action="ignore"), ThreadPoolExecutor() as pool:                     # Pillow decodes outside Python's lock
+        with warnings.catch_warnings(action="ignore"), ThreadPoolExecutor() as pool:   # Pillow decodes without the GIL
             for i, image in enumerate(pool.map(lambda path: _read_image(path, image_size), paths)):
                 images[i] = image.transpose(2, 0, 1)
         return torch.from_numpy(images), torch.tensor(labels)

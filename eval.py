@@ -176,18 +176,18 @@ def evaluate_file(args):
     data = load(dataset, args.data_dir or checkpoint.get("data_dir", "data"), checkpoint.get("image_size", 32),
                 train=False, statistics=statistics)
     images, labels = data.test
-    check_classes(args.checkpoint, checkpoint, model, data)
+    check_fits(args.checkpoint, checkpoint, model, data)
     logits = predict(model, images, data.mean, data.std)
     report = measure(logits, labels)
     if args.teacher_checkpoint:
         teacher, teacher_file = load_model(args.teacher_checkpoint, args.teacher)
-        check_classes(args.teacher_checkpoint, teacher_file, teacher, data)
+        check_fits(args.teacher_checkpoint, teacher_file, teacher, data)
         report |= inheritance(logits, predict(teacher, images, data.mean, data.std), labels)
     return report
 
 
-def check_classes(path, checkpoint, model, data):
-    """Raises UserError where the checkpoint's classes are not the data's."""
+def check_fits(path, checkpoint, model, data):
+    """Raises UserError where the network's classes, or a ViT's image size, are not the data's."""
     head = model.fc if hasattr(model, "fc") else model.head
     if head.out_features != len(data.classes):
         raise UserError(f"{path}: has {head.out_features} classes, the data has {len(data.classes)}")

@@ -9,7 +9,6 @@ import dataclasses
 import hashlib
 import json
 import math
-import os
 import platform
 import subprocess
 import sys
@@ -21,8 +20,8 @@ import torchvision
 from tqdm import tqdm
 
 import losses
-from data import DATASETS, UserError, batches, load
-from eval import check_classes, load_model, measure, predict, read_run
+from data import DATASETS, UserError, batches, load, write_atomically
+from eval import check_fits, load_model, measure, predict, read_run
 from models import MODELS, create_model
 from swap import misclassified
 
@@ -205,16 +204,6 @@ def amp_by_default(device):
     return device.type == "cuda" or device.type == "cpu" and has_bf16()
 
 
-def write_atomically(path, write):
-    """write(temporary file) and rename: a reader, or a crash, finds the old file or the new one."""
-    temporary = path.with_name(f"{path.name}.{os.getpid()}.tmp")
-    with open(temporary, "wb") as file:
-        write(file)
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(temporary, path)
-
-
 def write_json(path, value):
     write_atomically(path, lambda file: file.write((json.dumps(value, indent=1) + "\n").encode()))
 
@@ -255,7 +244,7 @@ def get_teacher(s, data, device):
             run(Settings(**whole, data_dir=s.data_dir, device=s.device, run_dir=str(folder), resume=started))
             print()
     teacher, checkpoint = load_model(path, s.teacher)
-    check_classes(path, checkpoint, teacher, data)
+    check_fits(path, checkpoint, teacher, data)
     teacher = teacher.requires_grad_(False).to(device, memory_format=torch.channels_last)
     top1 = measure(predict(teacher, data.test[0], data.mean, data.std), data.test[1])["top1"]
     C = len(data.classes)
@@ -380,7 +369,7 @@ def run(settings):
     autocast = torch.autocast(device.type, torch.float16 if device.type == "cuda" else torch.bfloat16, enabled=s.amp)
     history = []
     if checkpoint:
-        check_classes(folder / "last.pt", checkpoint, student, data)
+        check_fits(folder / "last.pt", checkpoint, student, data)
         if checkpoint["teacher_digest"] != digest:
             raise UserError(f"--resume: {folder} was trained with another {s.teacher} teacher; give its --teacher-checkpoint")
         student.load_state_dict(checkpoint["model"])
