@@ -114,7 +114,7 @@ def read_run(folder):
     return config, rows
 
 
-PER_SEED = {"seed", "run_dir", "resume", "data_dir", "device", "amp", "teacher_checkpoint"}   # may differ within a row
+PER_SEED = {"seed", "run_dir", "resume", "data_dir", "device", "amp", "compile", "teacher_checkpoint"}   # may differ within a row
 
 
 def table(folder):

@@ -60,6 +60,7 @@ class Settings:
     seed: int = setting("of initial weights, order and views; default 0", int)
     device: str = setting("default auto", choices=("auto", "cpu", "cuda", "mps"))
     amp: bool = setting("mixed precision; on for CUDA and for CPUs with bfloat16 instructions", bool)
+    compile: bool = setting("torch.compile the student: up to a minute more at the start; off", bool)
     run_dir: str = setting("default runs/<dataset>-<method>-<student>-seed<seed>", metavar="DIR")
     resume: bool = setting("go on from DIR/last.pt, with the run's own settings", bool)
 
@@ -84,7 +85,7 @@ OPTIMIZERS = {
     "sgd": dict(schedule="step", weight_decay=5e-4, warmup=0.0),
     "adamw": dict(schedule="cosine", weight_decay=0.05, lr=1e-3),
 }
-COMMON = dict(method="sld", dataset="glyphs", data_dir="data", batch_size=64, seed=0, device="auto", resume=False)
+COMMON = dict(method="sld", dataset="glyphs", data_dir="data", batch_size=64, seed=0, device="auto", compile=False, resume=False)
 MILESTONES, GAMMA, OF = (150, 180, 210), 150, 240              # epochs of the published recipe
 FREE = ("run_dir", "resume", "data_dir", "device", "teacher_checkpoint")   # may change when a run is resumed
 
@@ -204,6 +205,33 @@ def amp_by_default(device):
     return device.type == "cuda" or device.type == "cpu" and has_bf16()
 
 
+def mixed_precision(device, on):
+    """(autocast, GradScaler): float16 on CUDA, whose small gradients the scaler keeps from underflow; bfloat16 elsewhere."""
+    dtype = torch.float16 if device.type == "cuda" else torch.bfloat16
+    return torch.autocast(device.type, dtype, enabled=on), torch.amp.GradScaler(device.type, enabled=on and dtype == torch.float16)
+
+
+def make_optimizer(s, student):
+    fused = next(student.parameters()).device.type != "mps"    # one kernel for all parameters, and no wait for float16's check
+    if s.optimizer == "sgd":
+        optimizer = torch.optim.SGD(student.parameters(), s.lr, momentum=0.9, weight_decay=s.weight_decay, fused=fused)
+        for p in student.parameters():                         # left to itself, fused SGD starts from uninitialised memory
+            optimizer.state[p]["momentum_buffer"] = torch.zeros_like(p)         # where GradScaler skips the first step
+        return optimizer
+    return torch.optim.AdamW(student.parameters(), s.lr, weight_decay=s.weight_decay, fused=fused)
+
+
+def compiled(student, device):
+    """torch.compile(student), which shares its weights; or student itself where no compiler is there."""
+    try:
+        torch.compile(lambda x: x.sin() + 1)(torch.zeros(8, device=device))
+    except Exception as error:                                 # torch raises many kinds, private ones among them
+        reason = (str(error) or type(error).__name__).strip().splitlines()[0]
+        print(f"note      --compile: no working compiler here, going on without ({reason})")
+        return student
+    return torch.compile(student)
+
+
 def write_json(path, value):
     write_atomically(path, lambda file: file.write((json.dumps(value, indent=1) + "\n").encode()))
 
@@ -258,11 +286,28 @@ def get_teacher(s, data, device):
 
 # --- One epoch --------------------------------------------------------------------------------------
 
+LOOK_EVERY = 50                                                # steps: a look at a GPU's numbers makes it wait
+
+
+def count_skipped(numbers, s, epoch, first, steps, scaler):
+    """How many of these steps GradScaler left out. numbers: one tensor a step, from step `first` on: loss, gradient
+    norm, largest |logit| of the student, and of the teacher if any. Raises UserError for non-finite ones that stay."""
+    numbers = torch.stack(numbers).cpu()
+    bad = ~numbers[:, :2].isfinite().all(1)
+    if not bad.any() or scaler.is_enabled() and scaler.get_scale() > 2 ** -14:   # 30 skips in a row from 2^16 down
+        return int(bad.sum())
+    k = int(bad.nonzero()[0])
+    largest = ", ".join(f"{who} {value:g}" for who, value in zip(("student", "teacher"), numbers[k, 2:].tolist()))
+    raise UserError(f"epoch {epoch}, step {first + k} of {steps}, lr {learning_rate(s, epoch - 1 + (first + k - 0.5) / steps):g}: "
+                    f"loss or gradient is not finite (largest logit: {largest}); what was saved still loads; "
+                    f"try a smaller --lr{' or --no-amp' if s.amp else ''}")
+
+
 def train_epoch(s, epoch, student, teacher, objective, data, optimizer, scaler, autocast):
     """One pass over the training part. Returns the epoch's sums as plain numbers, read off the device once."""
     device = next(student.parameters()).device
     steps = math.ceil(len(data.train[1]) / s.batch_size)
-    sums, rows, skipped = {}, 0, 0
+    sums, rows, skipped, unseen = {}, 0, 0, []
     wide = torch.float32 if device.type == "mps" else torch.float64     # MPS has no float64
     student.train()
     bar = tqdm(batches(data, s.batch_size, s.views, s.seed, epoch), f"epoch {epoch}", steps, leave=False, disable=None)
@@ -282,15 +327,17 @@ def train_epoch(s, epoch, student, teacher, objective, data, optimizer, scaler, 
             for name, term in objective(z_s, z_t, target, epoch).items():
                 terms[name] = terms.get(name, 0) + term
 
+        loss = sum(terms.values())
         optimizer.zero_grad(set_to_none=True)
-        scaler.scale(sum(terms.values())).backward()
-        scale = scaler.get_scale()
+        scaler.scale(loss).backward()
+        norm = torch.nn.utils.get_total_norm([p.grad for p in student.parameters()], math.inf)   # a sum of squares could overflow
         scaler.step(optimizer)                                 # float16 only: leaves out a step with non-finite gradients
         scaler.update()
-        skipped += scaler.get_scale() < scale
 
         rows += len(target)
         with torch.no_grad():                                  # stays on the device: no sync
+            largest = [torch.stack(logits).abs().amax() for logits in (student_logits, teacher_logits) if logits[0] is not None]
+            unseen.append(torch.stack([loss, norm, *largest]))
             counted = {f"loss_{name}": term.detach() * len(target) for name, term in terms.items()}
             for view, z_s, z_t in zip(("weak", "strong"), student_logits, teacher_logits):
                 counted[f"swap_student_{view}"] = misclassified(z_s, target).sum()
@@ -298,6 +345,9 @@ def train_epoch(s, epoch, student, teacher, objective, data, optimizer, scaler, 
                     counted[f"swap_teacher_{view}"] = misclassified(z_t, target).sum()
             for name, value in counted.items():
                 sums[name] = sums.get(name, 0) + value.to(wide)
+        if len(unseen) == LOOK_EVERY or step == steps - 1:     # late, but before anything is saved
+            skipped += count_skipped(unseen, s, epoch, step + 2 - len(unseen), steps, scaler)
+            unseen = []
     return {name: value.item() / rows for name, value in sums.items()}, skipped
 
 
@@ -361,12 +411,8 @@ def run(settings):
 
     torch.manual_seed(s.seed)
     student = create_model(s.student, C, s.image_size).to(device, memory_format=torch.channels_last)
-    if s.optimizer == "sgd":
-        optimizer = torch.optim.SGD(student.parameters(), s.lr, momentum=0.9, weight_decay=s.weight_decay)
-    else:
-        optimizer = torch.optim.AdamW(student.parameters(), s.lr, weight_decay=s.weight_decay)
-    scaler = torch.amp.GradScaler("cuda", enabled=s.amp and device.type == "cuda")
-    autocast = torch.autocast(device.type, torch.float16 if device.type == "cuda" else torch.bfloat16, enabled=s.amp)
+    optimizer = make_optimizer(s, student)
+    autocast, scaler = mixed_precision(device, s.amp)
     history = []
     if checkpoint:
         check_fits(folder / "last.pt", checkpoint, student, data)
@@ -391,16 +437,19 @@ def run(settings):
     print("swap%     rows whose top class is not the label: of the teacher on weak (Tw) and strong (Ts) views, of the student (S)")
     print("\n" + HEADER)
 
-    objective = make_objective(s)
+    objective, network = make_objective(s), compiled(student, device) if s.compile else student
     metrics_file = folder / "metrics.jsonl"
     write_atomically(metrics_file, lambda file: file.write("".join(json.dumps(row) + "\n" for row in history).encode()))
     for epoch in range(len(history) + 1, s.epochs + 1):
         start = time.perf_counter()
-        sums, skipped = train_epoch(s, epoch, student, teacher, objective, data, optimizer, scaler, autocast)
+        try:
+            sums, skipped = train_epoch(s, epoch, network, teacher, objective, data, optimizer, scaler, autocast)
+        except torch.OutOfMemoryError:
+            raise UserError(f"--batch-size {s.batch_size}: the memory of the GPU is full; try --batch-size {max(1, s.batch_size // 2)}")
         seconds = time.perf_counter() - start
         losses_ = {k: v for k, v in sums.items() if k.startswith("loss_")}
-        if not math.isfinite(sum(losses_.values())):
-            raise UserError(f"epoch {epoch}: the loss is not finite; the last good epoch is in {folder}; try a smaller --lr or --no-amp")
+        if not all(v.isfinite().all() for v in student.state_dict().values()):
+            raise UserError(f"epoch {epoch}: the weights are not finite any more; what was saved still loads; try a smaller --lr")
         test = measure(predict(student, data.test[0], data.mean, data.std), data.test[1])
         swaps = {k: 100 * v for k, v in sums.items() if k.startswith("swap_teacher")}
         wrong = [v for k, v in sums.items() if k.startswith("swap_student")]

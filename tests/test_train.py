@@ -255,3 +255,84 @@ def test_a_teacher_interrupted_in_its_first_epoch_is_trained_again(colors, comma
     assert status == 130 and "--resume" in err
     status, out, err = command(train, *arguments)
     assert status == 0 and "going on with it first" in out, err
+
+
+def without_times(rows):
+    return [{k: v for k, v in row.items() if k not in ("seconds", "images_per_second")} for row in rows]
+
+
+def test_compile_changes_nothing_and_saves_the_raw_weights(short, monkeypatch):
+    eager = run(short(run_dir="eager", epochs=2, amp=False))
+    real = torch.compile
+    monkeypatch.setattr(torch, "compile", lambda f: real(f, backend="eager"))      # all but the compiler itself
+    history = run(short(run_dir="compiled", epochs=2, amp=False, compile=True))
+    assert without_times(history) == without_times(eager)
+    assert set(torch.load("compiled/last.pt", weights_only=True)["model"]) == set(train.create_model("resnet8", 3).state_dict())
+
+
+def test_compile_without_a_compiler_goes_on(short, monkeypatch, capsys):
+    def broken(f):
+        raise RuntimeError("no C++ compiler found\nand a long story")
+    monkeypatch.setattr(torch, "compile", broken)
+    assert len(run(short(run_dir="run", epochs=2, compile=True))) == 2
+    assert capsys.readouterr().out.count("no working compiler here, going on without (no C++ compiler found)\n") == 1
+
+
+def test_a_full_gpu_names_the_batch_size_and_a_smaller_one(short, monkeypatch):
+    def full(*a):
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20.00 MiB")
+    monkeypatch.setattr(train, "train_epoch", full)
+    with pytest.raises(data.UserError, match="--batch-size 32: .* try --batch-size 16$"):
+        run(short(run_dir="run"))
+
+
+def test_mixed_precision_follows_float32(short):
+    """Loss by loss over three seeds; the accuracies on the full glyphs stand in results/precision."""
+    for seed in range(3):
+        mixed, exact = (run(short(run_dir=f"{amp}{seed}", seed=seed, amp=amp, lr=1e-3)) for amp in (True, False))
+        assert mixed != exact
+        assert [row["loss"] for row in mixed] == pytest.approx([row["loss"] for row in exact], rel=0.02)
+
+
+def scaled(scale):
+    """float32 under a GradScaler that starts at `scale`: float16's bookkeeping, on the CPU."""
+    return lambda device, on: (torch.autocast("cpu", torch.bfloat16, enabled=False), torch.amp.GradScaler("cpu", init_scale=scale))
+
+
+def test_the_grad_scaler_changes_no_result(short, monkeypatch):
+    plain = run(short(run_dir="plain", epochs=2, amp=False))
+    monkeypatch.setattr(train, "mixed_precision", scaled(2.0 ** 10))
+    assert [row["loss"] for row in run(short(run_dir="scaled", epochs=2))] == pytest.approx([row["loss"] for row in plain], rel=1e-5)
+
+
+def test_skipped_steps_are_counted(short, monkeypatch):
+    monkeypatch.setattr(train, "mixed_precision", scaled(2.0 ** 126))
+    history = run(short(run_dir="run", batch_size=4))
+    assert 0 < history[0]["skipped_steps"] < 30 and history[-1]["skipped_steps"] == 0 and history[-1]["test_top1"] > 50
+
+
+@pytest.mark.parametrize("scale", [None, 2.0 ** 16], ids=["float32", "with a GradScaler"])
+def test_a_loss_that_is_not_finite_stops_the_run(short, command, monkeypatch, scale):
+    run(short(run_dir="run", batch_size=2, epochs=3))
+    good = open("run/last.pt", "rb").read()
+    if scale:
+        monkeypatch.setattr(train, "mixed_precision", scaled(scale))
+    real = train.make_objective
+    monkeypatch.setattr(train, "make_objective", lambda s: lambda z_s, z_t, y, epoch: {"ce": real(s)(z_s, z_t, y, epoch)["ce"] / 0})
+    for run_dir in ("run", "new"):
+        if run_dir == "run":                                   # as if cut off: the third epoch is to be done
+            saved = torch.load("run/last.pt", weights_only=True)
+            torch.save(saved | dict(epoch=2), "run/last.pt")
+            good = open("run/last.pt", "rb").read()
+        with pytest.raises(data.UserError, match=r"epoch \d, step 1 of 60, lr 0\.[0-9e-]+: loss or gradient is not finite .largest logit: "
+                                                 r"student [\d.]+, teacher [\d.]+.; .* try a smaller --lr"):
+            run(Settings(resume=True, run_dir="run") if run_dir == "run" else short(run_dir="new", batch_size=2))
+    import os
+    assert open("run/last.pt", "rb").read() == good and not os.path.exists("new/last.pt")
+
+
+def test_a_learning_rate_that_is_far_too_large(short):
+    with pytest.raises(data.UserError, match="not finite"):
+        run(short(method="ce", run_dir="run", lr=1e36, batch_size=4))
+    import os
+    assert not os.path.exists("run/last.pt")
