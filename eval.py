@@ -29,12 +29,12 @@ def load_model(path, name=None):
         checkpoint = torch.load(path, map_location="cpu", weights_only=True)
     except pickle.UnpicklingError:
         raise UserError(f"{path}: not a PyTorch checkpoint of tensors and plain types; it was not loaded")
-    except (RuntimeError, EOFError, OSError, ValueError, KeyError, UnicodeDecodeError):
+    except Exception:                                          # a damaged file can raise nearly anything
         raise UserError(f"{path}: not a PyTorch checkpoint, or damaged (empty, cut off, or another file type)")
     if not isinstance(checkpoint, dict):
         raise UserError(f"{path}: holds a {type(checkpoint).__name__}, not a state dict")
     state = next((checkpoint[k] for k in ("model", "state_dict") if isinstance(checkpoint.get(k), dict)), checkpoint)
-    state = {key.removeprefix("module."): value for key, value in state.items()}
+    state = {str(key).removeprefix("module."): value for key, value in state.items()}
 
     ours = checkpoint.get("architecture")
     if name and ours and name != ours:
@@ -47,11 +47,17 @@ def load_model(path, name=None):
         raise UserError(f"{path}: no classifier weights (fc.weight or head.weight), so not a {name} of this project")
     if len(head) < 2:
         raise UserError(f"{path}: has a single class; a classifier needs at least 2")
-    model = create_model(name, len(head), checkpoint.get("image_size", 32))
+    try:
+        model = create_model(name, len(head), checkpoint.get("image_size", 32))
+    except (ValueError, TypeError) as error:
+        raise UserError(f"{path}: {error}")
     expected = model.state_dict()
-    wrong = sorted(expected.keys() ^ state.keys()) or [k for k in expected if expected[k].shape != state[k].shape]
+    wrong = sorted(expected.keys() ^ state.keys()) or [k for k in expected if expected[k].shape != getattr(state[k], "shape", None)]
     if wrong:
         raise UserError(f"{path}: does not fit a {name}; first mismatches: {', '.join(wrong[:3])}")
+    broken = [k for k in expected if not state[k].isfinite().all()]
+    if broken:
+        raise UserError(f"{path}: {broken[0]} holds NaN or infinity; train it again, or give another file")
     model.load_state_dict(state)
     return model.eval(), checkpoint
 

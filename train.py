@@ -7,12 +7,17 @@ From a notebook:  history = train.run(train.Settings(method="kd", epochs=2)).
 import argparse
 import dataclasses
 import hashlib
+import io
 import json
 import math
+import os
 import platform
+import shlex
+import signal
 import subprocess
 import sys
 import time
+import zlib
 from pathlib import Path
 
 import torch
@@ -21,8 +26,8 @@ from tqdm import tqdm
 
 import losses
 from data import DATASETS, UserError, batches, load, write_atomically
-from eval import check_fits, load_model, measure, predict, read_run
-from models import MODELS, create_model
+from eval import check_fits, load_model, measure, predict
+from models import MODELS, create_model, fold_batch_norm
 from swap import misclassified
 
 
@@ -233,7 +238,37 @@ def compiled(student, device):
 
 
 def write_json(path, value):
-    write_atomically(path, lambda file: file.write((json.dumps(value, indent=1) + "\n").encode()))
+    write_atomically(path, (json.dumps(value, indent=1) + "\n").encode())
+
+
+def write_checkpoint(path, value):
+    buffer = io.BytesIO()
+    torch.save(value, buffer)
+    write_atomically(path, buffer.getvalue())
+
+
+def lock(folder):
+    """An open file that keeps other processes out of `folder` until it is closed, or this process ends in whatever way.
+    Raises UserError where another one is in. A file system that knows no locks keeps nobody out."""
+    folder.mkdir(parents=True, exist_ok=True)
+    file = open(folder / "lock", "a")
+    try:
+        if os.name == "nt":
+            import msvcrt
+            msvcrt.locking(file.fileno(), msvcrt.LK_NBLCK, 1)
+        else:
+            import fcntl
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except (BlockingIOError, PermissionError):
+        file.close()
+        raise UserError(f"{folder}: another process is training there; wait until it is done, or give another --run-dir")
+    except OSError:
+        pass
+    return file
+
+
+def write_metrics(folder, history):
+    write_atomically(folder / "metrics.jsonl", "".join(json.dumps(row) + "\n" for row in history).encode())
 
 
 def environment(device):
@@ -256,14 +291,17 @@ def environment(device):
 # --- The teacher ------------------------------------------------------------------------------------
 
 def get_teacher(s, data, device):
-    """The frozen teacher in eval mode, from --teacher-checkpoint, the cache, or trained now."""
+    """(the frozen teacher in eval mode, digest of its weights), from --teacher-checkpoint, the cache, or trained now."""
     path = s.teacher_checkpoint
     if path is None:
-        name = s.dataset if s.dataset != "folder" else f"{Path(s.data_dir).resolve().name}-{s.image_size}px"
+        name = s.dataset
+        if name == "folder":                                   # two folders may share a name: the images tell them apart
+            images, labels = (part.cpu().numpy() for part in data.train)
+            name = f"{Path(s.data_dir).resolve().name}-{s.image_size}px-{zlib.crc32(labels, zlib.crc32(images)):08x}"
         folder = Path("runs") / f"teacher-{name}-{s.teacher}"
         path = folder / "last.pt"
         started = (folder / "config.json").exists()
-        done = load_model(path)[1]["epoch"] if path.exists() else 0
+        done = load_model(path)[1].get("epoch", 0) if path.exists() else 0
         if not started or done < json.loads((folder / "config.json").read_text())["epochs"]:
             print(f"no {s.teacher} teacher for {name} yet: {'going on with' if started else 'training'} it first, in {folder}\n"
                   f"(your own instead: --teacher-checkpoint FILE)\n")
@@ -281,7 +319,8 @@ def get_teacher(s, data, device):
         raise UserError(f"{path}: the teacher has {top1:.2f} % test top-1, no better than {floor:.2f} % "
                         f"({'twice chance' if C >= 10 else 'ten points above chance'}); give another --teacher-checkpoint")
     print(f"teacher   {s.teacher} from {path}: {top1:.2f} % test top-1")
-    return teacher
+    digest = hashlib.sha256(b"".join(v.cpu().numpy().tobytes() for v in teacher.state_dict().values())).hexdigest()
+    return fold_batch_norm(teacher), digest
 
 
 # --- One epoch --------------------------------------------------------------------------------------
@@ -371,7 +410,7 @@ def open_run(s):
     if not s.resume:
         s = resolve(s)
         folder = Path(s.run_dir)
-        if folder.is_dir() and any(folder.iterdir()):
+        if folder.is_dir() and any(path.name != "lock" and path.suffix != ".tmp" for path in folder.iterdir()):
             raise UserError(f"--run-dir {folder}: already holds a run or other files; give another, or --resume to go on")
         return s, None
     if s.run_dir is None:
@@ -388,8 +427,10 @@ def open_run(s):
     if changed:
         raise UserError(f"--resume: these would change the result of {folder}: {', '.join(changed)}; leave them out")
     last = folder / "last.pt"
-    return dataclasses.replace(saved, **{k: v for k, v in given.items() if k in FREE}), \
-        load_model(last)[1] if last.exists() else None
+    checkpoint = load_model(last)[1] if last.exists() else None
+    if checkpoint and "history" not in checkpoint:
+        raise UserError(f"--resume: {last} is not a checkpoint of this run; put the run's own back")
+    return dataclasses.replace(saved, **{k: v for k, v in given.items() if k in FREE}), checkpoint
 
 
 def run(settings):
@@ -406,8 +447,7 @@ def run(settings):
     n, C = len(data.train[1]), len(data.classes)
     if s.batch_size > n:
         raise UserError(f"--batch-size {s.batch_size}: there are only {n} training images; give a smaller one")
-    teacher = get_teacher(s, data, device) if s.teacher else None
-    digest = hashlib.sha256(b"".join(v.cpu().numpy().tobytes() for v in teacher.state_dict().values())).hexdigest() if teacher else None
+    teacher, digest = get_teacher(s, data, device) if s.teacher else (None, None)
 
     torch.manual_seed(s.seed)
     student = create_model(s.student, C, s.image_size).to(device, memory_format=torch.channels_last)
@@ -422,7 +462,7 @@ def run(settings):
         optimizer.load_state_dict(checkpoint["optimizer"])
         if checkpoint["scaler"]:                               # empty from a run without float16
             scaler.load_state_dict(checkpoint["scaler"])
-        history = read_run(folder)[1][:checkpoint["epoch"]]    # a row without its checkpoint is run again
+        history = checkpoint["history"]
 
     print(f"data      {s.dataset}: {n} training and {len(data.test[1])} test images, {C} classes, {s.image_size} px")
     print(in_words(s))
@@ -430,47 +470,61 @@ def run(settings):
     if s.batch_size != 64 and settings.lr is None and s.optimizer == "sgd":
         print(f"note      batch {s.batch_size} is not the recipe's 64; linear scaling would give --lr {s.lr * s.batch_size / 64:g} "
               f"instead of {s.lr:g} (not applied)")
-    folder.mkdir(parents=True, exist_ok=True)
+    with lock(folder):
+        train_in(folder, s, data, student, teacher, digest, optimizer, scaler, autocast, history)
+    print(f"\nlast epoch {history[-1]['test_top1']:.2f} %, best {history[-1]['best_top1']:.2f} % (selected on test); python eval.py {folder / 'last.pt'}")
+    return history
+
+
+def train_in(folder, s, data, student, teacher, digest, optimizer, scaler, autocast, history):
+    """The epochs that `history` lacks. What is in the folder is whole at any moment: each file is renamed into place."""
+    for left_over in folder.glob("*.tmp"):                     # of a process that was killed while writing
+        left_over.unlink()
+    device = next(student.parameters()).device
     if not s.resume:
-        write_json(folder / "config.json", dataclasses.asdict(s))
+        if (folder / "config.json").exists():
+            raise UserError(f"--run-dir {folder}: another process has just put a run there; give another")
         write_json(folder / "env.json", environment(device))
+        write_json(folder / "config.json", dataclasses.asdict(s))        # last: with it the run can be resumed
     print("swap%     rows whose top class is not the label: of the teacher on weak (Tw) and strong (Ts) views, of the student (S)")
     print("\n" + HEADER)
 
     objective, network = make_objective(s), compiled(student, device) if s.compile else student
-    metrics_file = folder / "metrics.jsonl"
-    write_atomically(metrics_file, lambda file: file.write("".join(json.dumps(row) + "\n" for row in history).encode()))
-    for epoch in range(len(history) + 1, s.epochs + 1):
-        start = time.perf_counter()
-        try:
+    try:
+        for epoch in range(len(history) + 1, s.epochs + 1):
+            start = time.perf_counter()
             sums, skipped = train_epoch(s, epoch, network, teacher, objective, data, optimizer, scaler, autocast)
-        except torch.OutOfMemoryError:
-            raise UserError(f"--batch-size {s.batch_size}: the memory of the GPU is full; try --batch-size {max(1, s.batch_size // 2)}")
-        seconds = time.perf_counter() - start
-        losses_ = {k: v for k, v in sums.items() if k.startswith("loss_")}
-        if not all(v.isfinite().all() for v in student.state_dict().values()):
-            raise UserError(f"epoch {epoch}: the weights are not finite any more; what was saved still loads; try a smaller --lr")
-        test = measure(predict(student, data.test[0], data.mean, data.std), data.test[1])
-        swaps = {k: 100 * v for k, v in sums.items() if k.startswith("swap_teacher")}
-        wrong = [v for k, v in sums.items() if k.startswith("swap_student")]
-        best = max([row["test_top1"] for row in history] + [test["top1"]])
-        row = dict(epoch=epoch, lr=optimizer.param_groups[0]["lr"], loss=sum(losses_.values()), **losses_,
-                   train_top1=100 * (1 - sums["swap_student_weak"]), test_top1=test["top1"], test_top5=test["top5"],
-                   test_nll=test["nll"], best_top1=best, **swaps, swap_student=100 * sum(wrong) / len(wrong),
-                   skipped_steps=skipped, seconds=seconds, images_per_second=n / seconds)
-        history.append(row)
-        with open(metrics_file, "a") as file:
-            file.write(json.dumps(row) + "\n")
-        saved = dict(architecture=s.student, image_size=s.image_size, dataset=s.dataset, data_dir=s.data_dir, classes=data.classes,
-                     mean=data.mean, std=data.std, method=s.method, seed=s.seed, epoch=epoch, test_top1=test["top1"],
-                     model={k: v.cpu() for k, v in student.state_dict().items()})
-        if test["top1"] == best:
-            write_atomically(folder / "best.pt", lambda file: torch.save(saved, file))
-        saved |= dict(optimizer=optimizer.state_dict(), scaler=scaler.state_dict(), teacher_digest=digest)
-        write_atomically(folder / "last.pt", lambda file: torch.save(saved, file))
-        print(epoch_line(row), flush=True)
-    print(f"\nlast epoch {history[-1]['test_top1']:.2f} %, best {history[-1]['best_top1']:.2f} % (selected on test); python eval.py {folder / 'last.pt'}")
-    return history
+            seconds = time.perf_counter() - start
+            if not all(v.isfinite().all() for v in student.state_dict().values()):
+                raise UserError(f"epoch {epoch}: the weights are not finite any more; what was saved still loads; try a smaller --lr")
+            test = measure(predict(student, data.test[0], data.mean, data.std), data.test[1])
+            losses_ = {k: v for k, v in sums.items() if k.startswith("loss_")}
+            swaps = {k: 100 * v for k, v in sums.items() if k.startswith("swap_teacher")}
+            wrong = [v for k, v in sums.items() if k.startswith("swap_student")]
+            best = max([row["test_top1"] for row in history] + [test["top1"]])
+            row = dict(epoch=epoch, lr=optimizer.param_groups[0]["lr"], loss=sum(losses_.values()), **losses_,
+                       train_top1=100 * (1 - sums["swap_student_weak"]), test_top1=test["top1"], test_top5=test["top5"],
+                       test_nll=test["nll"], best_top1=best, **swaps, swap_student=100 * sum(wrong) / len(wrong),
+                       skipped_steps=skipped, seconds=seconds, images_per_second=len(data.train[1]) / seconds)
+            saved = dict(architecture=s.student, image_size=s.image_size, dataset=s.dataset, data_dir=s.data_dir, classes=data.classes,
+                         mean=data.mean, std=data.std, method=s.method, seed=s.seed, epoch=epoch, test_top1=test["top1"],
+                         model={k: v.cpu() for k, v in student.state_dict().items()})
+            if test["top1"] == best:
+                write_checkpoint(folder / "best.pt", saved)
+            write_checkpoint(folder / "last.pt", saved | dict(optimizer=optimizer.state_dict(), scaler=scaler.state_dict(),
+                                                              teacher_digest=digest, history=history + [row]))
+            history.append(row)
+            write_metrics(folder, history)
+            print(epoch_line(row), flush=True)
+        write_metrics(folder, history)                         # a resumed run may have nothing else left to do
+    except torch.OutOfMemoryError:
+        raise UserError(f"--batch-size {s.batch_size}: the memory of the GPU is full; try --batch-size {max(1, s.batch_size // 2)}")
+    except KeyboardInterrupt as stop:
+        stop.add_note(f"python train.py --resume --run-dir {shlex.quote(str(folder))} goes on after epoch {len(history)}")
+        raise
+    except OSError as error:
+        safe = f"epoch {len(history)} is safe: --resume --run-dir {folder} goes on after it" if (folder / "last.pt").exists() else "no epoch is saved there"
+        raise UserError(f"{folder}: cannot write epoch {epoch} ({error.strerror or error}); {safe}")
 
 
 def main():
@@ -484,14 +538,19 @@ def main():
             parser.add_argument(flag(field.name), action=action, default=None, help=options["help"])
         else:
             parser.add_argument(flag(field.name), type=kind, **options)
+    def terminate(number, frame):
+        raise KeyboardInterrupt(128 + number)
     try:
-        run(Settings(**vars(parser.parse_args())))
+        settings = Settings(**vars(parser.parse_args()))
+        signal.signal(signal.SIGTERM, terminate)
+        run(settings)
     except UserError as error:
         parser.exit(2, f"train.py: {error}\n")
     except OSError as error:                                   # a full disk, a folder without permission
         parser.exit(2, f"train.py: {error.filename or 'the run folder'}: {error.strerror or error}\n")
-    except KeyboardInterrupt:
-        parser.exit(130, "\ntrain.py: interrupted; whole epochs are saved, --resume --run-dir DIR goes on after the last\n")
+    except KeyboardInterrupt as stop:                          # Ctrl-C has no argument
+        note = getattr(stop, "__notes__", ["nothing was saved yet"])[0]
+        parser.exit(stop.args[0] if stop.args else 130, f"\ntrain.py: interrupted; {note}\n")
 
 
 if __name__ == "__main__":

@@ -13,6 +13,10 @@ import data  # noqa: E402
 import train  # noqa: E402
 
 
+def pytest_addoption(parser):
+    parser.addoption("--kills", type=int, default=3, help="how often test_reliability.py kills a run")
+
+
 @pytest.fixture(autouse=True)
 def own_folder_and_seed(tmp_path, monkeypatch):
     """Every test has its own runs/ and its own random numbers."""

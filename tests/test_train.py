@@ -1,4 +1,5 @@
 """train.py end to end on small data: recipes, schedule, the step's invariants, files, resume."""
+import copy
 import dataclasses
 import json
 
@@ -77,7 +78,7 @@ def test_a_run_folder_describes_itself(short):
         checkpoint = torch.load(f"run/{name}", weights_only=True)
         assert set(checkpoint["model"]) == set(train.create_model("resnet8", 3).state_dict())
     import os
-    assert sorted(os.listdir("run")) == ["best.pt", "config.json", "env.json", "last.pt", "metrics.jsonl"]
+    assert sorted(os.listdir("run")) == ["best.pt", "config.json", "env.json", "last.pt", "lock", "metrics.jsonl"]
 
 
 def test_eval_gives_the_numbers_of_the_log(short, command):
@@ -134,12 +135,17 @@ def test_an_epoch_is_the_plain_loop(short, color_teacher):
 @pytest.mark.parametrize("method", ["kd", "sld"])
 @pytest.mark.parametrize("amp", [False, True])
 def test_the_teacher_is_frozen_and_outside(short, color_teacher, monkeypatch, method, amp):
-    held = []
-    real = train.get_teacher
-    monkeypatch.setattr(train, "get_teacher", lambda *a: held.append(real(*a)) or held[0])
+    held, real = [], train.get_teacher
+    def get_teacher(*a):
+        teacher, digest = real(*a)
+        held.append((teacher, copy.deepcopy(teacher.state_dict())))
+        return teacher, digest
+    monkeypatch.setattr(train, "get_teacher", get_teacher)
+    file = color_teacher.read_bytes()
     run(short(method=method, amp=amp, run_dir="run", epochs=2))
-    teacher, before = held[0], torch.load(color_teacher, weights_only=True)["model"]
-    assert not teacher.training and all(torch.equal(v, before[k]) for k, v in teacher.state_dict().items())
+    (teacher, before), = held
+    assert not teacher.training and before and all(torch.equal(v, before[k]) for k, v in teacher.state_dict().items())
+    assert color_teacher.read_bytes() == file
     assert not any(p.requires_grad or p.grad is not None for p in teacher.parameters())
     checkpoint = torch.load("run/last.pt", weights_only=True)
     assert len(checkpoint["optimizer"]["param_groups"][0]["params"]) == len(list(train.create_model("resnet8", 3).parameters()))
@@ -164,9 +170,10 @@ def test_the_teacher_sees_the_very_tensors_that_the_student_sees(short, color_te
     assert not torch.equal(watched[0], watched[1])
 
 
-@pytest.mark.parametrize("change", [dict(method="ce"), dict(method="kd"), dict(method="sld"), dict(method="sld", student="vit_nano")],
-                         ids=["ce", "kd", "sld", "sld-adamw-cosine"])
-@pytest.mark.parametrize("stop", [1, 2])
+@pytest.mark.parametrize("change", [dict(method="ce"), dict(method="kd"), dict(method="sld"), dict(method="sld", student="vit_nano"),
+                                    dict(method="kd", optimizer="sgd", schedule="cosine"), dict(method="ce", optimizer="adamw", schedule="step")],
+                         ids=["ce", "kd", "sld", "sld-adamw-cosine", "kd-sgd-cosine", "ce-adamw-step"])
+@pytest.mark.parametrize("stop", [1, 2])                       # gamma and the first drop of the rate come after epoch 2
 def test_resume_is_exact(short, change, stop, monkeypatch):
     whole = run(short(run_dir="whole", **change))
 
@@ -181,8 +188,8 @@ def test_resume_is_exact(short, change, stop, monkeypatch):
     with pytest.raises(Stop):
         run(short(run_dir="cut", **change))
     monkeypatch.setattr(train, "train_epoch", real)
-    with open("cut/metrics.jsonl", "a") as file:               # an epoch whose checkpoint was never written
-        file.write('{"epoch": 99, "test_top1": 100.0}\n')
+    with open("cut/metrics.jsonl", "a") as file:               # an epoch whose checkpoint was never written, and a torn one
+        file.write('{"epoch": 99, "test_top1": 100.0}\n{"epo')
     again = run(Settings(resume=True, run_dir="cut"))
     def timeless(rows):
         return [{k: v for k, v in row.items() if k not in ("seconds", "images_per_second")} for row in rows]
@@ -208,7 +215,9 @@ def test_the_teacher_is_trained_first_and_then_cached(colors, command, monkeypat
     status, out, _ = command(train, *arguments)
     assert status == 0 and "no resnet8 teacher" not in out
     import os
-    assert sorted(os.listdir("runs")) == ["folder-sld-resnet8-seed0", "folder-sld-resnet8-seed0-2", f"teacher-{colors.name}-16px-resnet8"]
+    *runs, teacher = sorted(os.listdir("runs"))
+    assert runs == ["folder-sld-resnet8-seed0", "folder-sld-resnet8-seed0-2"]
+    assert teacher.startswith(f"teacher-{colors.name}-16px-") and teacher.endswith("-resnet8")
 
 
 def test_seeds_differ_and_repeat(short):
@@ -322,7 +331,7 @@ def test_a_loss_that_is_not_finite_stops_the_run(short, command, monkeypatch, sc
     for run_dir in ("run", "new"):
         if run_dir == "run":                                   # as if cut off: the third epoch is to be done
             saved = torch.load("run/last.pt", weights_only=True)
-            torch.save(saved | dict(epoch=2), "run/last.pt")
+            torch.save(saved | dict(epoch=2, history=saved["history"][:2]), "run/last.pt")
             good = open("run/last.pt", "rb").read()
         with pytest.raises(data.UserError, match=r"epoch \d, step 1 of 60, lr 0\.[0-9e-]+: loss or gradient is not finite .largest logit: "
                                                  r"student [\d.]+, teacher [\d.]+.; .* try a smaller --lr"):
