@@ -115,8 +115,8 @@ def read_run(folder):
         rows = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
     except (OSError, ValueError) as error:
         raise UserError(f"{folder}: needs a readable config.json and metrics.jsonl ({error})")
-    if not rows:
-        raise UserError(f"{folder / 'metrics.jsonl'}: empty")
+    if not rows or not all(isinstance(row, dict) and "test_top1" in row for row in rows):
+        raise UserError(f"{folder / 'metrics.jsonl'}: empty, or not written by train.py")
     return config, rows
 
 

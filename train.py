@@ -130,6 +130,10 @@ def resolve(s):
         check(name, 0)
     for name in ("weight_decay", "warmup", "ce_weight", "kd_weight", "seed"):
         check(name, 0, strict=False)
+    if full["seed"] >= 2 ** 32:
+        raise UserError(f"--seed {full['seed']}: must be below 2^32")
+    if full["warmup"] >= full["epochs"]:
+        raise UserError(f"--warmup {full['warmup']:g}: must be shorter than the {full['epochs']} epochs")
     for network in (full["student"], full["teacher"]):
         if network and network.startswith("vit") and full["image_size"] % 8:
             raise UserError(f"--image-size {full['image_size']}: {network} needs a multiple of 8")

@@ -1,5 +1,8 @@
-"""Bad input ends with exit status 2 and one line that names the culprit; nothing saved is lost."""
+"""Bad input ends with exit status 2 and one line that names the culprit, or works as one would expect; nothing saved is lost."""
+import os
+import random
 import shutil
+from pathlib import Path
 
 import pytest
 import torch
@@ -21,7 +24,11 @@ FLAGS = [
     ("--image-size 64", "--image-size 64"), ("--image-size 0 --dataset folder", "--image-size 0"), ("--device cuda", "--device cuda"),
     ("--student vit_nano --dataset folder --image-size 30", "--image-size 30"), ("--resume", "--run-dir"), ("--resume --run-dir nothing", "nothing"),
     ("--dataset folder --data-dir nowhere", "nowhere"), ("--teacher-checkpoint missing.pt", "missing.pt"), ("--views strong", "strong"),
-    ("--optimizer adam", "adam"), ("extra", "extra"),
+    ("--optimizer adam", "adam"), ("extra", "extra"), ("--temperatures nan", "--temperatures nan"), ("--temperatures inf", "--temperatures inf"),
+    ("--epochs 1e3", "1e3"), ("--epochs 2.5", "2.5"), ("--seed 4294967296", "--seed 4294967296"), ("--lr 1e400", "--lr inf"), ("--warmup 8", "--warmup 8"),
+    ("--warmup -1", "--warmup"), ("--weight-decay inf", "--weight-decay"), ("--omega nan --teacher-fix add", "--omega nan"), ("--schedule linear", "linear"),
+    ("--batch-size 481", "--batch-size 481"), ("--teacher-checkpoint .", "."), ("--run-dir .", "--run-dir ."), ("--image-size -5 --dataset folder", "--image-size -5"),
+    ("--device tpu", "tpu"), ("--data-dir FILE --dataset folder", "FILE"), ("--run-dir FILE/run --method ce", "FILE"),
 ]
 
 
@@ -36,6 +43,7 @@ def test_flags(command, easy_glyphs, arguments, culprit):
     if culprit == "--device cuda" and torch.cuda.is_available():
         pytest.skip("there is a GPU here")
     data_dir = () if "--data-dir" in arguments else ("--data-dir", easy_glyphs)
+    Path("FILE").write_text("not a folder")
     refused(command(train, *data_dir, *arguments.split()), culprit)
 
 
@@ -50,7 +58,8 @@ BAD_FILES = {
 }
 
 
-@pytest.mark.parametrize("kind", [*BAD_FILES, "truncated", "tensor", "no classifier", "other network", "wrong shapes", "directory"])
+@pytest.mark.parametrize("kind", [*BAD_FILES, "truncated", "tensor", "no classifier", "other network", "wrong shapes", "directory", "NaN weights",
+                                  "infinite statistics", "numbers as names", "text as weights", "unknown architecture", "strange image size"])
 def test_checkpoints(command, base, colors, color_teacher, tmp_path, kind):
     path = tmp_path / "bad.pt"
     if kind in BAD_FILES:
@@ -62,7 +71,10 @@ def test_checkpoints(command, base, colors, color_teacher, tmp_path, kind):
     else:
         state = create_model("resnet14" if kind == "other network" else "resnet8", 3).state_dict()
         wrong = {"tensor": torch.zeros(3), "no classifier": {"weights": torch.zeros(3)}, "other network": state,
-                 "wrong shapes": state | {"conv1.weight": torch.zeros(4, 3, 3, 3)}}
+                 "wrong shapes": state | {"conv1.weight": torch.zeros(4, 3, 3, 3)}, "NaN weights": state | {"conv1.weight": state["conv1.weight"] * float("nan")},
+                 "infinite statistics": state | {"bn1.running_var": torch.full((16,), float("inf"))}, "numbers as names": {0: torch.zeros(3), 1: torch.ones(2)},
+                 "text as weights": state | {"conv1.weight": "hello"}, "unknown architecture": {"architecture": "resnet9", "model": state},
+                 "strange image size": {"architecture": "vit_nano", "image_size": "big", "model": create_model("vit_nano", 3).state_dict()}}
         torch.save(wrong[kind], path)
     refused(command(train, *base, "--teacher-checkpoint", path), "bad.pt")
     refused(command(evaluation, path, "--model", "resnet8", "--dataset", "folder", "--data-dir", colors), "bad.pt")
@@ -112,18 +124,26 @@ def break_folder(root, kind):
         shutil.rmtree(root / "train/green")
         shutil.rmtree(root / "train/blue")
         return "'red'"
+    if kind == "no permission":
+        red.chmod(0)
+        return "red"
     if kind == "class only in val":
         Image.new("RGB", (16, 16)).save((root / "val/yellow").mkdir() or root / "val/yellow/0.png")
         return "yellow"
 
 
 @pytest.mark.parametrize("kind", ["empty class", "damaged image", "zero-byte image", "text as image", "broken link", "no val", "no train",
-                                  "one class", "class only in val"])
+                                  "one class", "class only in val", "no permission"])
 def test_folders(command, base, colors, tmp_path, kind):
     root = tmp_path / "copy"
     shutil.copytree(colors, root)
     culprit = break_folder(root, kind)
-    refused(command(train, *base, "--data-dir", root), culprit)
+    if kind == "no permission" and os.access(root / "train/red", os.R_OK):
+        pytest.skip("permissions do not bind this user")
+    result = command(train, *base, "--data-dir", root)
+    if kind == "no permission":
+        (root / "train/red").chmod(0o755)
+    refused(result, culprit)
     assert not (tmp_path / "run").exists()
 
 
@@ -144,6 +164,105 @@ def test_wrong_class_count_for_cifar(command, colors):
 def _with_test(root):
     shutil.move(f"{root}/val", f"{root}/test")
     return root
+
+
+def unusual_folder(root, kind):
+    """Change a copy of the colour folder in a way that is no mistake."""
+    red, image = root / "train/red", Image.open(root / "train/red/0.png")
+    if kind == "animated":
+        image.save(red / "moving.gif", save_all=True, append_images=[Image.new("RGB", (16, 16), k) for k in ("white", "black")])
+    elif kind in ("L", "RGBA", "LA", "P", "1", "CMYK", "I;16"):
+        converted = Image.new("I;16", (16, 16), 40_000) if kind == "I;16" else image.convert(kind)
+        converted.save(red / ("other.tif" if kind in ("CMYK", "LA") else "other.png"))
+    elif kind == "one image in a class":
+        for path in list((root / "train/green").iterdir())[1:]:
+            path.unlink()
+    elif kind == "notes beside the images":
+        (red / "notes.txt").write_text("taken in May")
+        (red / ".DS_Store").write_bytes(b"\0")
+    elif kind == "name that is not UTF-8":
+        try:
+            os.rename(os.fsencode(red), os.fsencode(root / "train") + b"/caf\xe9")
+            os.rename(os.fsencode(root / "val/red"), os.fsencode(root / "val") + b"/caf\xe9")
+        except OSError:                                        # macOS knows no such names
+            pytest.skip("the file system refuses the name")
+    elif kind == "spaces and accents":
+        red.rename(root / "train/très rouge")
+        (root / "val/red").rename(root / "val/très rouge")
+    elif kind == "fewer classes in val":
+        shutil.rmtree(root / "val/blue")
+    elif kind == "thin images":
+        Image.new("RGB", (1, 300), "red").save(red / "thin.png")
+    elif kind == "folders in folders":
+        (red / "more").mkdir()
+        shutil.move(red / "3.png", red / "more/3.png")
+    elif kind == "images linked from elsewhere":
+        shutil.move(red / "3.png", root / "kept.png")
+        (red / "3.png").symlink_to(root / "kept.png")
+
+
+@pytest.mark.parametrize("kind", ["animated", "L", "RGBA", "LA", "P", "1", "CMYK", "I;16", "one image in a class", "notes beside the images", "name that is not UTF-8",
+                                  "spaces and accents", "fewer classes in val", "thin images", "folders in folders", "images linked from elsewhere"])
+def test_unusual_folders_work(command, colors, tmp_path, kind):
+    root = tmp_path / "my photos"
+    shutil.copytree(colors, root)
+    unusual_folder(root, kind)
+    status, out, err = command(train, "--method", "ce", "--dataset", "folder", "--data-dir", root, "--image-size", 16, "--epochs", 1, "--device", "cpu", "--run-dir", "run")
+    assert status == 0, err
+    status, out, err = command(evaluation, "run/last.pt")
+    assert status == 0 and "top1" in out, err
+
+
+@pytest.mark.parametrize("arguments", [("--batch-size", 1), ("--batch-size", 119), ("--batch-size", 120), ("--image-size", 1), ("--image-size", 3), ("--image-size", 37)])
+def test_unusual_sizes_work(command, base, colors, color_teacher, arguments):
+    status, out, err = command(train, *base, "--teacher-checkpoint", color_teacher, "--epochs", 1, *arguments)
+    assert status == 0 or "no better than" in err, err         # the teacher saw 16 pixels
+
+
+def test_no_damage_to_a_checkpoint_gets_past_the_door(color_teacher, tmp_path):
+    """Bytes changed, cut out or doubled at random: loaded all the same with finite weights, or refused in one line."""
+    whole, luck, refusals = color_teacher.read_bytes(), random.Random(0), 0
+    for k in range(150):
+        at, length = luck.randrange(len(whole)) if k % 2 else luck.randrange(3000), luck.choice((1, 4, 100, 5000))
+        middle = {0: luck.randbytes(length), 1: b"", 2: whole[at:at + length] * 2}[k % 3]
+        (tmp_path / "bad.pt").write_bytes(whole[:at] + middle + whole[at + length:])
+        try:
+            model, _ = evaluation.load_model(tmp_path / "bad.pt")
+            assert all(value.isfinite().all() for value in model.state_dict().values())
+        except evaluation.UserError as error:
+            refusals += 1
+            assert "bad.pt" in str(error) and "\n" not in str(error)
+    assert refusals > 50
+
+
+@pytest.mark.parametrize("name, content, culprit", [
+    ("config.json", "{", "no run"), ("config.json", "[]", "no run"), ("config.json", '{"method": "sld", "temperature": 3}', "no run"),
+    ("last.pt", "", "last.pt"), ("last.pt", "PK", "last.pt")])
+def test_a_damaged_run_is_not_resumed(command, base, color_teacher, tmp_path, name, content, culprit):
+    assert command(train, *base, "--teacher-checkpoint", color_teacher)[0] == 0
+    (tmp_path / "run" / name).write_text(content)
+    refused(command(train, "--resume", "--run-dir", "run"), culprit)
+
+
+def test_a_foreign_file_in_the_place_of_the_checkpoint(command, base, color_teacher, tmp_path):
+    assert command(train, *base, "--teacher-checkpoint", color_teacher)[0] == 0
+    shutil.copy(tmp_path / "run/best.pt", tmp_path / "run/last.pt")
+    refused(command(train, "--resume", "--run-dir", "run"), "last.pt")
+
+
+@pytest.mark.parametrize("content", ["", "{", "[1, 2]\n", '{"epoch": 1}\n'])
+def test_a_table_of_damaged_logs(command, base, color_teacher, tmp_path, content):
+    assert command(train, *base, "--teacher-checkpoint", color_teacher)[0] == 0
+    (tmp_path / "run/metrics.jsonl").write_text(content)
+    refused(command(evaluation, "--table", tmp_path), "run")
+
+
+def test_data_that_went_away(command, base, colors, color_teacher, tmp_path):
+    shutil.copytree(colors, "gone")
+    assert command(train, *base, "--data-dir", "gone", "--teacher-checkpoint", color_teacher)[0] == 0
+    shutil.rmtree("gone")
+    refused(command(evaluation, "run/last.pt"), "gone")
+    refused(command(train, "--resume", "--run-dir", "run"), "gone")
 
 
 def test_a_run_is_never_written_over(command, base, color_teacher, tmp_path):

@@ -170,3 +170,42 @@ def test_large_gaps_stay_finite():
     terms = losses.sld(z_s, z_t, y, epoch=151)
     gradient = torch.autograd.grad(sum(terms.values()), z_s)[0]
     assert all(term.isfinite() for term in terms.values()) and gradient.isfinite().all()
+
+
+OBJECTIVES = {
+    "kl": lambda s, t, y: {"kl": losses.kl(s, t, 4)}, "ce": lambda s, t, y: losses.ce(s, y), "kd": lambda s, t, y: losses.kd(s, t, y, temperatures=T6),
+    "sld": lambda s, t, y: losses.sld(s, t, y, epoch=151), "sld detached": lambda s, t, y: losses.sld(s, t, y, epoch=151, detach=True),
+    "sld with GA": lambda s, t, y: losses.sld(s, t, y, epoch=151, teacher_fix="add", omega=1e4),
+}
+
+
+def extreme_logits(C=10):
+    """Rows up to +-1e4: random, random signs at the limit, one-hot both ways, all equal, tied at the top."""
+    g = torch.Generator().manual_seed(0)
+    hot = 1e4 * torch.eye(C)
+    tied = torch.cat([hot[:C // 2] + hot[C // 2:], hot[:C // 2] - hot[C // 2:]])
+    return torch.cat([2e4 * torch.rand(40, C, generator=g) - 1e4, 1e4 * torch.randn(40, C, generator=g).sign(), hot, -hot, torch.zeros(4, C),
+                      torch.full((4, C), 1e4), torch.full((4, C), -1e4), tied])
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("name", OBJECTIVES)
+def test_extreme_logits_give_finite_values_and_gradients(name, dtype):
+    z_s = extreme_logits().to(dtype)
+    for shuffled in (z_s, z_s.flip(0), z_s[torch.randperm(len(z_s))], -z_s):      # every kind of student meets other kinds of teacher
+        student, teacher = z_s.clone().requires_grad_(), shuffled.clone().requires_grad_()
+        for label in (0, 9):
+            terms = OBJECTIVES[name](student, teacher.detach(), torch.full((len(z_s),), label))
+            gradient = torch.autograd.grad(sum(terms.values()), student)[0]
+            assert all(term.isfinite() for term in terms.values()) and gradient.isfinite().all()
+
+
+@pytest.mark.parametrize("dtype, tolerance", [(torch.bfloat16, 1e-2), (torch.float16, 1e-3)])
+@pytest.mark.parametrize("name", OBJECTIVES)
+def test_half_precision_logits_are_close_to_float64(name, dtype, tolerance):
+    z_s, z_t, y = batch(64, 100)
+    exact = OBJECTIVES[name](z_s, z_t, y)
+    with torch.autocast("cpu", dtype):                         # the losses do not mind being called within it
+        rounded = OBJECTIVES[name](z_s.to(dtype), z_t.to(dtype), y)
+    for term in exact:
+        assert rounded[term].item() == pytest.approx(exact[term].item(), rel=tolerance)
