@@ -6,6 +6,7 @@ Everything is measured in float32 on the test part, so the numbers are those of 
 import argparse
 import json
 import pickle
+import warnings
 from pathlib import Path
 
 import torch
@@ -26,7 +27,8 @@ def load_model(path, name=None):
     if not path.is_file():
         raise UserError(f"{path}: no such checkpoint")
     try:
-        checkpoint = torch.load(path, map_location="cpu", weights_only=True)
+        with warnings.catch_warnings(action="ignore"):         # of another pickle protocol: it loads, or is refused below
+            checkpoint = torch.load(path, map_location="cpu", weights_only=True)
     except pickle.UnpicklingError:
         raise UserError(f"{path}: not a PyTorch checkpoint of tensors and plain types; it was not loaded")
     except Exception:                                          # a damaged file can raise nearly anything

@@ -488,8 +488,9 @@ def train_in(folder, s, data, student, teacher, digest, optimizer, scaler, autoc
     if not s.resume:
         if (folder / "config.json").exists():
             raise UserError(f"--run-dir {folder}: another process has just put a run there; give another")
+        write_json(folder / "config.json", dataclasses.asdict(s))        # first: with it the run can be resumed
+    if not (folder / "env.json").exists():
         write_json(folder / "env.json", environment(device))
-        write_json(folder / "config.json", dataclasses.asdict(s))        # last: with it the run can be resumed
     print("swap%     rows whose top class is not the label: of the teacher on weak (Tw) and strong (Ts) views, of the student (S)")
     print("\n" + HEADER)
 

@@ -332,6 +332,17 @@ def growth_table():
     return [{key: statistics.median(r[name][key] for r in rounds) if key else name for key in rounds[0][name]} for name in GROWTH]
 
 
+def profile_table():
+    ours = Ours(PAIRS[1], random_data(64 * 10), method="sld")
+    ours.epoch()
+    with torch.profiler.profile() as profile:
+        ours.epoch()
+    cost = {e.key: e.self_device_time_total if DEVICE.type == "cuda" else e.self_cpu_time_total for e in profile.key_averages()}
+    total = sum(cost.values())
+    top = sorted(cost, key=cost.get, reverse=True)[:7]
+    return [{"operation": name, "share of the time, %": 100 * cost[name] / total} for name in top]
+
+
 TABLES = {
     "Loss: sld, forward and backward, one thread": loss_table,
     "Views: weak and strong of each image, one core": views_table,
@@ -339,6 +350,7 @@ TABLES = {
     "End to end: SLD, both views, batch 64, CIFAR-sized images": epoch_table,
     "Growth: resnet20 → resnet8, SLD": growth_table,
     "Tricks: time without it / time with it, SLD": tricks_table,
+    "Profile: resnet56 → resnet20, SLD": profile_table,
 }
 
 

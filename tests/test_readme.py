@@ -1,4 +1,5 @@
 """The README's commands run, shortened by flags only, and its tables are what the logs give."""
+import json
 import re
 import shlex
 import shutil
@@ -8,6 +9,7 @@ import pytest
 import torch
 from PIL import Image
 
+import benchmark
 import eval as evaluation
 import train
 from models import create_model
@@ -65,6 +67,13 @@ def test_every_command_runs(easy_glyphs, colors, color_teacher, command, tmp_pat
 def test_the_tables_are_what_the_logs_give(folder):
     in_readme = re.search(rf"<!-- table: {folder} -->\n(.*?)\n<!-- end -->", README, re.S).group(1)
     assert in_readme == evaluation.table(ROOT / folder)
+
+
+@pytest.mark.parametrize("titles", re.findall(r"<!-- benchmark: (.+?) -->", README))
+def test_the_speeds_are_what_the_benchmark_wrote(titles):
+    in_readme = re.search(rf"<!-- benchmark: {titles} -->\n(.*?)\n<!-- end -->", README, re.S).group(1)
+    report = json.loads((ROOT / "results/benchmark/cpu.json").read_text(encoding="utf-8"))
+    assert in_readme == "\n\n".join(benchmark.render(report, title) for title in titles.split(", "))
 
 
 def test_each_committed_run_has_its_settings_and_every_epoch():
