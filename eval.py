@@ -125,26 +125,80 @@ def read_run(folder):
 PER_SEED = {"seed", "run_dir", "resume", "data_dir", "device", "amp", "compile", "teacher_checkpoint"}   # may differ within a row
 
 
-def table(folder):
-    """Markdown table of all runs under `folder`, one row for each parent of seed folders. Raises UserError
-    where a row would mix experiments, or runs of different length."""
-    groups = {}
+ALIKE = ("dataset", "student", "teacher", "epochs")            # of every run in a table; ce has no teacher
+# 97.5 % quantiles of Student's t for 1 to 30 degrees of freedom; the last serves beyond.
+T_975 = (12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262, 2.228, 2.201, 2.179, 2.160, 2.145, 2.131,
+         2.120, 2.110, 2.101, 2.093, 2.086, 2.080, 2.074, 2.069, 2.064, 2.060, 2.056, 2.052, 2.048, 2.045, 2.042)
+
+
+def read_rows(folder):
+    """{row: {seed: (config, epochs)}} of the runs folder/<row>/<seed folder>, rows in alphabetical order. Raises
+    UserError where a row would mix experiments, or the rows differ in length, data, student or teacher."""
+    rows, alike = {}, {}
     for path in sorted(Path(folder).rglob("metrics.jsonl")):
-        groups.setdefault(path.parent.parent, []).append(read_run(path.parent))
-    if not groups:
+        (config, epochs), row = read_run(path.parent), rows.setdefault(path.parent.parent.name, {})
+        environment = path.parent / "env.json"
+        digest = json.loads(environment.read_text()).get("teacher_digest") if environment.exists() else None
+        about = {k: config.get(k) for k in ALIKE} | {"epochs": len(epochs), "teacher's digest": digest}
+        for key, value in about.items():
+            if value is not None:
+                alike.setdefault(key, {}).setdefault(value, []).append(str(path.parent))
+        settings = {k: v for k, v in config.items() if k not in PER_SEED}
+        if config.get("seed") in row:
+            raise UserError(f"--table: {path.parent} is a second run of seed {config.get('seed')}; keep one")
+        if any({k: v for k, v in other.items() if k not in PER_SEED} != settings for other, _ in row.values()):
+            raise UserError(f"--table: {path.parent.parent} mixes runs of different settings; keep the seeds of one experiment in a folder")
+        row[config.get("seed")] = config, epochs
+    if not rows:
         raise UserError(f"--table {folder}: no metrics.jsonl below it; a run of train.py writes one")
-    for parent, runs in groups.items():
-        kinds = {json.dumps([len(rows), {k: v for k, v in config.items() if k not in PER_SEED}]) for config, rows in runs}
-        if len(kinds) > 1:
-            raise UserError(f"--table: {parent} mixes runs of different settings or lengths; keep the seeds of one experiment in a folder")
-    lines = ["| run | student | epochs | n seeds | last epoch, top-1 % (mean ± sd) | best epoch, top-1 % (mean; selected on test) |",
-             "|---|---|---|---|---|---|"]
-    for parent, runs in groups.items():
-        config, rows = runs[0]
-        last = torch.tensor([rows[-1]["test_top1"] for _, rows in runs], dtype=torch.float64)
-        best = torch.tensor([max(row["test_top1"] for row in rows) for _, rows in runs], dtype=torch.float64)
-        spread = f" ± {last.std():.2f}" if len(runs) > 1 else ""
-        lines.append(f"| {parent.name} | {config['student']} | {len(rows)} | {len(runs)} | {last.mean():.2f}{spread} | {best.mean():.2f} |")
+    for key, having in alike.items():
+        if len(having) > 1:
+            _, *odd = sorted(having, key=lambda value: -len(having[value]))
+            raise UserError(f"--table {folder}: mixes runs of different {key}; the odd ones: "
+                            + ", ".join(f"{path} ({value})" for value in odd for path in having[value]))
+    return rows
+
+
+def last_top1(row):
+    """{seed: test top-1 of the last epoch} of a row of `read_rows`."""
+    return {seed: epochs[-1]["test_top1"] for seed, (_, epochs) in row.items()}
+
+
+def difference(row, other):
+    """(mean, low, high) of last-epoch top-1 of `row` minus that of `other`, with a 95 % interval of Student's t over the
+    differences seed by seed: a seed fixes initial weights, order and views. low and high are None for fewer than two seeds."""
+    a, b = last_top1(row), last_top1(other)
+    d = torch.tensor([a[seed] - b[seed] for seed in sorted(a.keys() & b.keys())], dtype=torch.float64)
+    if len(d) < 2:
+        return (d.mean().item() if len(d) else None), None, None
+    half = T_975[min(len(d) - 1, len(T_975)) - 1] * d.std().item() / len(d) ** 0.5
+    return d.mean().item(), d.mean().item() - half, d.mean().item() + half
+
+
+def table(folder, against=None):
+    """Markdown table of the runs below `folder`, each row compared with the one above, or with the row `against`.
+    Raises UserError where `read_rows` does, or for an unknown row."""
+    rows = read_rows(folder)
+    if against is not None and against not in rows:
+        raise UserError(f"--against {against}: no such row in {folder}; choose one of {', '.join(rows)}")
+    lines = [f"| run | student | epochs | n seeds | last epoch, top-1 % (mean ± sd) | best epoch, top-1 % (mean; selected on test) | "
+             f"difference to {against or 'the row above'} (95 % interval) | verdict |", "|---" * 8 + "|"]
+    above = None
+    for name, row in rows.items():
+        last = torch.tensor(list(last_top1(row).values()), dtype=torch.float64)
+        best = torch.tensor([max(epoch["test_top1"] for epoch in epochs) for _, epochs in row.values()], dtype=torch.float64)
+        config, epochs = next(iter(row.values()))
+        cells = [name, config["student"], str(len(epochs)), str(len(row)), f"{last.mean():.2f}" + (f" ± {last.std():.2f}" if len(row) > 1 else ""), f"{best.mean():.2f}"]
+        other = above if against is None else against if name != against else None
+        mean, low, high = difference(row, rows[other]) if other else (None, None, None)
+        if mean is None:
+            cells += ["-", "-"]
+        elif low is None:
+            cells += [f"{mean:+.2f}", "one seed: not known"]
+        else:
+            cells += [f"{mean:+.2f} ({low:+.2f} to {high:+.2f})", "better" if low > 0 else "worse" if high < 0 else "no difference shown"]
+        lines.append("| " + " | ".join(cells) + " |")
+        above = name
     return "\n".join(lines)
 
 
@@ -158,15 +212,18 @@ def main():
     parser.add_argument("--teacher-checkpoint", metavar="FILE", help="also compare with this teacher")
     parser.add_argument("--teacher", choices=MODELS, metavar="NAME", help="architecture of a foreign teacher")
     parser.add_argument("--json", action="store_true", help="print one JSON object")
-    parser.add_argument("--table", metavar="DIR", help="print the results table of the runs under DIR")
+    parser.add_argument("--table", metavar="DIR", help="print the results table of the runs DIR/<row>/<seed>")
+    parser.add_argument("--against", metavar="ROW", help="compare each row with this one instead of the row above")
     args = parser.parse_args()
     try:
         if bool(args.table) == bool(args.checkpoint):
             raise UserError("give either a CHECKPOINT or --table DIR")
         if args.teacher and not args.teacher_checkpoint:
             raise UserError("--teacher: names the network of --teacher-checkpoint; give both")
+        if args.against and not args.table:
+            raise UserError("--against: names a row of --table; give both")
         if args.table:
-            print(table(args.table))
+            print(table(args.table, args.against))
             return
         report = evaluate_file(args)
     except UserError as error:

@@ -490,7 +490,7 @@ def train_in(folder, s, data, student, teacher, digest, optimizer, scaler, autoc
             raise UserError(f"--run-dir {folder}: another process has just put a run there; give another")
         write_json(folder / "config.json", dataclasses.asdict(s))        # first: with it the run can be resumed
     if not (folder / "env.json").exists():
-        write_json(folder / "env.json", environment(device))
+        write_json(folder / "env.json", environment(device) | dict(teacher_digest=digest))
     print("swap%     rows whose top class is not the label: of the teacher on weak (Tw) and strong (Ts) views, of the student (S)")
     print("\n" + HEADER)
 

@@ -60,13 +60,37 @@ def write_run(folder, accuracies, **config):
     (folder / "metrics.jsonl").write_text("".join(json.dumps(dict(epoch=i, test_top1=a)) + "\n" for i, a in enumerate(accuracies, 1)))
 
 
+def cells(out):
+    return [[cell.strip() for cell in line.split("|")[1:-1]] for line in out.splitlines()][2:]
+
+
 def test_the_table_is_computed_from_the_logs(tmp_path, command):
-    write_run(tmp_path / "kd/seed0", [50, 70, 60])
-    write_run(tmp_path / "kd/seed1", [50, 55, 64])
-    write_run(tmp_path / "ce/seed0", [10, 40])
+    for seed, (ce, kd, kd2) in enumerate([(40, 60, 60), (44, 63, 61), (42, 66, 67)]):
+        write_run(tmp_path / f"1-ce/seed{seed}", [10, ce + 5, ce], seed=seed)
+        write_run(tmp_path / f"2-kd/seed{seed}", [50, 55, kd], seed=seed)
+        write_run(tmp_path / f"3-kd2/seed{seed}", [50, 55, kd2], seed=seed)
+    write_run(tmp_path / "4-bad/seed0", [10, 11, 12], seed=0)
     status, out, _ = command(evaluation, "--table", tmp_path)
-    rows = [[cell.strip() for cell in line.split("|")[1:-1]] for line in out.splitlines()]
-    assert status == 0 and rows[2:] == [["ce", "resnet8", "2", "1", "40.00", "40.00"], ["kd", "resnet8", "3", "2", "62.00 ± 2.83", "67.00"]]
+    # kd - ce: 20, 19, 24, mean 21, sd 2.6458, half-width 4.303 * 2.6458 / sqrt(3) = 6.573
+    # kd2 - kd: 0, -2, 1, mean -0.3333, sd 1.5275, half-width 3.795
+    assert status == 0 and cells(out) == [
+        ["1-ce", "resnet8", "3", "3", "42.00 ± 2.00", "47.00", "-", "-"],
+        ["2-kd", "resnet8", "3", "3", "63.00 ± 3.00", "63.00", "+21.00 (+14.43 to +27.57)", "better"],
+        ["3-kd2", "resnet8", "3", "3", "62.67 ± 3.79", "62.67", "-0.33 (-4.13 to +3.46)", "no difference shown"],
+        ["4-bad", "resnet8", "3", "1", "12.00", "12.00", "-48.00", "one seed: not known"]]
+    status, out, _ = command(evaluation, "--table", tmp_path, "--against", "2-kd")
+    assert [row[6:] for row in cells(out)] == [["-21.00 (-27.57 to -14.43)", "worse"], ["-", "-"], ["-0.33 (-4.13 to +3.46)", "no difference shown"],
+                                               ["-48.00", "one seed: not known"]]
+    assert "difference to 2-kd" in out
+    assert command(evaluation, "--table", tmp_path, "--against", "kd3")[0] == 2
+
+
+def test_the_quantiles_are_students():
+    """By integrating the density of Student's t numerically."""
+    for df, t in enumerate(evaluation.T_975, 1):
+        x = torch.linspace(-t, t, 200_001, dtype=torch.float64)
+        density = (1 + x ** 2 / df) ** (-(df + 1) / 2) * math.exp(math.lgamma((df + 1) / 2) - math.lgamma(df / 2)) / math.sqrt(df * math.pi)
+        assert torch.trapezoid(density, x).item() == pytest.approx(0.95, abs=1e-4)
 
 
 def test_a_pickle_that_would_run_code_is_refused(tmp_path):
@@ -83,8 +107,20 @@ def test_a_pickle_that_would_run_code_is_refused(tmp_path):
     assert not (tmp_path / "ran").exists()
 
 
-def test_the_table_refuses_to_mix_experiments(tmp_path, command):
-    write_run(tmp_path / "kd/seed0", [50, 70], lr=0.05, seed=0)
-    write_run(tmp_path / "kd/seed1", [50, 55], lr=0.025, seed=1)
+@pytest.mark.parametrize("change, culprit", [
+    (dict(lr=0.025), "2-kd mixes runs of different settings"), (dict(seed=0), "second run of seed 0"), (dict(dataset="cifar10"), "different dataset"),
+    (dict(student="resnet20"), "different student"), (dict(teacher="resnet56"), "different teacher"), (dict(digest="b"), "different teacher's digest"),
+    (dict(accuracies=[50, 55, 60]), "different epochs")], ids=lambda value: str(value))
+def test_the_table_refuses_to_mix_experiments(tmp_path, command, change, culprit):
+    for row, seed in (("1-kd", 0), ("1-kd", 1), ("2-kd", 0), ("2-kd", 1)):
+        odd = change if (row, seed) == ("2-kd", 1) else {}
+        config = dict(lr=0.05, seed=seed, dataset="glyphs", teacher="resnet20") | odd
+        accuracies, digest = config.pop("accuracies", [50, 70]), config.pop("digest", "a")
+        write_run(tmp_path / row / f"seed{seed}", accuracies, **config)
+        (tmp_path / row / f"seed{seed}/env.json").write_text(json.dumps(dict(teacher_digest=digest)))
+    if set(change) & {"dataset", "student", "teacher"}:        # the whole row is odd
+        path = tmp_path / "2-kd/seed0/config.json"
+        path.write_text(json.dumps(json.loads(path.read_text()) | change))
     status, _, err = command(evaluation, "--table", tmp_path)
-    assert status == 2 and "mixes" in err and "kd" in err
+    assert status == 2 and culprit in err and "2-kd" in err and err.count("\n") == 1, err
+    assert "1-kd" not in err
