@@ -529,7 +529,7 @@ def train_in(folder, s, data, student, teacher, digest, optimizer, scaler, autoc
         raise
     except OSError as error:
         safe = f"epoch {len(history)} is safe: --resume --run-dir {folder} goes on after it" if (folder / "last.pt").exists() else "no epoch is saved there"
-        raise UserError(f"{folder}: cannot write epoch {epoch} ({error.strerror or error}); {safe}")
+        raise UserError(f"{folder}: cannot write epoch {len(history) + 1} ({error.strerror or error}); {safe}")
 
 
 def main():
@@ -543,6 +543,7 @@ def main():
             parser.add_argument(flag(field.name), action=action, default=None, help=options["help"])
         else:
             parser.add_argument(flag(field.name), type=kind, **options)
+
     def terminate(number, frame):
         raise KeyboardInterrupt(128 + number)
     try:
