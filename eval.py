@@ -65,7 +65,7 @@ def load_model(path, name=None):
 
 
 @torch.inference_mode()
-def predict(model, images, mean, std, batch_size=500):
+def predict(model, images, mean, std, batch_size=250):
     """Logits (N, C), float32, of uint8 images (N, 3, S, S). Leaves the network in eval mode."""
     model.eval()
     device = next(model.parameters()).device

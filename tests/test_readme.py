@@ -5,6 +5,7 @@ import shlex
 import shutil
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from PIL import Image
@@ -68,6 +69,24 @@ def test_the_tables_are_what_the_logs_give(what):
     folder, *against = what.split(" against ")
     in_readme = re.search(rf"<!-- table: {what} -->\n(.*?)\n<!-- end -->", README, re.S).group(1)
     assert in_readme == evaluation.table(ROOT / folder, *against)
+
+
+def test_the_differences_in_the_text_are_what_the_logs_give():
+    text = re.search(r"## What swapping buys\n(.*?)<!-- table", README, re.S).group(1)
+    logs = "".join(evaluation.table(folder, row.name) for name in ("glyphs", "glyphs-vit", "cifar100-short") for folder in [ROOT / "results" / name] for row in folder.iterdir())
+    stated = re.findall(r"[+-]\d+\.\d+ \([+-]\d+\.\d+ to [+-]\d+\.\d+\)", text)
+    assert len(stated) >= 10
+    for difference in stated:
+        assert difference in logs, difference
+    omega = {name: evaluation.last_top1(row)[5] for name, row in evaluation.read_rows(ROOT / "results/glyphs-omega").items()}
+    assert ", ".join(str(int(name)) for name in omega) + " gave " + ", ".join(f"{top1:.2f}" for top1 in omega.values()) in README
+
+
+def test_float32_and_mixed_precision_end_alike():
+    """The whole default recipe, three seeds: the means of the last epochs agree within one standard deviation."""
+    rows = [evaluation.read_rows(ROOT / "results" / folder)[row] for folder, row in (("precision", "float32"), ("glyphs", "09-sld"))]
+    full, mixed = ([evaluation.last_top1(row)[seed] for seed in range(3)] for row in rows)
+    assert abs(np.mean(full) - np.mean(mixed)) < min(np.std(full, ddof=1), np.std(mixed, ddof=1))
 
 
 @pytest.mark.parametrize("titles", re.findall(r"<!-- benchmark: (.+?) -->", README))

@@ -1,0 +1,67 @@
+"""analysis.ipynb runs from top to bottom, on a smaller glyphs set, and is committed with its outputs."""
+import os
+import shutil
+from base64 import b64decode
+from pathlib import Path
+
+import nbformat
+import numpy as np
+import pytest
+from nbclient import NotebookClient
+
+import data
+
+ROOT = Path(__file__).parent.parent
+NOTEBOOK = nbformat.read(ROOT / "analysis.ipynb", as_version=4)
+CODE = [cell for cell in NOTEBOOK.cells if cell.cell_type == "code"]
+
+
+def figures(cells):
+    return [output for cell in cells for output in cell.outputs if "image/png" in output.get("data", {})]
+
+
+def test_it_is_saved_with_its_outputs():
+    assert [cell.execution_count for cell in CODE] == list(range(1, len(CODE) + 1)), "run it from top to bottom, then save it"
+    assert len(figures(CODE)) >= 9
+    assert not [output for cell in CODE for output in cell.outputs if output.output_type == "error" or output.get("name") == "stderr"]
+    text = (ROOT / "analysis.ipynb").read_text(encoding="utf-8")
+    assert str(ROOT) not in text and str(Path.home()) + os.sep not in text
+
+
+def test_the_readme_shows_its_first_figure():
+    assert b64decode(figures(CODE)[0].data["image/png"]) == (ROOT / "results/swap.png").read_bytes()
+
+
+@pytest.fixture
+def small(tmp_path, monkeypatch):
+    """A copy of the repository's scripts and logs with a small, easy glyphs set of all 47 classes in its cache."""
+    for path in ROOT.glob("*.py"):
+        shutil.copy(path, tmp_path)
+    shutil.copytree(ROOT / "results", tmp_path / "results")
+    for name, value in dict(ROTATION=0, JITTER=0.05, DISTRACTORS=0, ZOOM=(1.1, 1.2), CONTRAST=(1, 1), NOISE=(0, 0.02)).items():
+        monkeypatch.setattr(data, name, value)
+    parts = [*data.render_glyphs(500, seed=1), *data.render_glyphs(200, seed=2)]
+    (tmp_path / "data").mkdir()
+    np.savez(tmp_path / f"data/glyphs-{data.GLYPHS_VERSION}.npz", **dict(zip(("train_x", "train_y", "test_x", "test_y"), map(np.asarray, parts))))
+    return tmp_path
+
+
+def test_it_runs_from_top_to_bottom(small, monkeypatch):
+    monkeypatch.setenv("PYTHONPATH", str(small))
+    notebook = nbformat.read(ROOT / "analysis.ipynb", as_version=4)
+    NotebookClient(notebook, timeout=300, kernel_name="python3", resources=dict(metadata=dict(path=str(small)))).execute()
+    cells = [cell for cell in notebook.cells if cell.cell_type == "code"]
+    assert len(figures(cells)) == len(figures(CODE))
+    assert any("the teacher errs on" in output.get("text", "") for cell in cells for output in cell.outputs)
+
+
+def test_missing_logs_name_the_command_that_makes_them(small, monkeypatch):
+    shutil.rmtree(small / "results/glyphs-vit")
+    cell, = [cell for cell in CODE if "MAKES" in cell.source]
+    monkeypatch.chdir(small)
+    monkeypatch.syspath_prepend(str(small))
+    import eval as evaluation
+    names = dict(evaluation=evaluation, Path=Path)
+    exec(cell.source.split("fig, axes")[0], names)
+    with pytest.raises(SystemExit, match="python train.py --method sld --student vit_nano"):
+        names["read"](evaluation.read_rows, "results/glyphs-vit")
