@@ -231,7 +231,7 @@ def step_table():
              "kd, weak": dict(method="kd", temperatures=TEMPERATURES), "sld, weak": dict(method="sld", views="weak"),
              "kd, both": dict(method="kd", views="both", temperatures=TEMPERATURES), "sld, both": dict(method="sld")}
     for pair in PAIRS:
-        taken = interleaved({name: Ours(pair, images, **kind).epoch for name, kind in kinds.items()}, 7)
+        taken = interleaved({name: Ours(pair, images, **kind).epoch for name, kind in kinds.items()}, 11)
         rows.append({"teacher → student": " → ".join(pair)} | {f"{name}, ms": 1e3 * t / steps for name, t in taken.items()}
                     | {f"sld / kd, {views}": taken[f"sld, {views}"] / taken[f"kd, {views}"] for views in ("weak", "both")})
     return rows
@@ -244,7 +244,7 @@ def epoch_table():
         ours = Ours(pair, images, method="sld")
         teacher, student = (models.create_model(name, 100).to(DEVICE) for name in pair)
         optimizer = torch.optim.SGD(student.parameters(), 0.025, momentum=0.9, weight_decay=5e-4)
-        taken = interleaved({"plain": lambda: reference_epoch(loader, teacher.eval().requires_grad_(False), student, optimizer), "ours": ours.epoch}, 3)
+        taken = interleaved({"plain": lambda: reference_epoch(loader, teacher.eval().requires_grad_(False), student, optimizer), "ours": ours.epoch}, 5)
         rate = {"plain": 64 / taken["plain"], "ours": len(images.train[1]) / taken["ours"]}
         rows.append({"teacher → student": " → ".join(pair), "plain, images/s": rate["plain"], "train.py, images/s": rate["ours"],
                      "times faster": rate["ours"] / rate["plain"]})
