@@ -82,6 +82,12 @@ def test_the_differences_in_the_text_are_what_the_logs_give():
     assert ", ".join(str(int(name)) for name in omega) + " gave " + ", ".join(f"{top1:.2f}" for top1 in omega.values()) in README
 
 
+def test_the_sample_output_is_that_of_the_committed_run():
+    sample = " ".join(re.search(r"epoch +lr .*?last epoch", README, re.S).group().split())
+    for row in evaluation.read_run(ROOT / "results/default-run/sld/seed0")[1]:
+        assert f"{row['train_top1']:.2f} {row['test_top1']:.2f} {row['best_top1']:.2f}" in sample
+
+
 def test_float32_and_mixed_precision_end_alike():
     """The whole default recipe, three seeds: the means of the last epochs agree within one standard deviation."""
     rows = [evaluation.read_rows(ROOT / "results" / folder)[row] for folder, row in (("precision", "float32"), ("glyphs", "09-sld"))]
