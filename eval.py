@@ -74,23 +74,28 @@ def predict(model, images, mean, std, batch_size=250):
     return torch.cat(logits).to(images.device)
 
 
-def measure(logits, labels, bins=15):
+def calibration(logits, labels, bins=15):
+    """(count, confidence, right), each (bins,) in float64: of the rows in each of `bins` equal bins of confidence, how many,
+    the sum of their confidences, and how many are right (Guo et al., ICML 2017). logits: (N, C); labels: (N,)."""
+    confidence, right = F.softmax(logits, 1).amax(1), logits.argmax(1) == labels
+    bin_of = (confidence * bins).ceil().long().sub(1).clamp(0, bins - 1)
+    return tuple(torch.zeros(bins, dtype=torch.float64, device=logits.device).index_add_(0, bin_of, values.double())
+                 for values in (torch.ones_like(confidence), confidence, right))
+
+
+def measure(logits, labels):
     """{"top1", "top5", "nll", "ece", "n"}: percentages in percent, NLL in nats.
 
-    top5: within the first min(5, C). ece: expected calibration error, `bins` equal bins of confidence
-    (Guo et al., ICML 2017). logits: (N, C); labels: (N,).
+    top5: within the first min(5, C). ece: expected calibration error, over `calibration`'s 15 bins. logits: (N, C); labels: (N,).
     """
     top = logits.topk(min(5, logits.shape[1])).indices                                   # (N, <=5)
     right = top == labels[:, None]
-    confidence = F.softmax(logits, 1).amax(1)
-    bin_of = (confidence * bins).ceil().long().sub(1).clamp(0, bins - 1)
-    gap = torch.zeros(bins, dtype=torch.float64, device=logits.device)
-    gap.index_add_(0, bin_of, confidence.double() - right[:, 0].double())
+    _, confidence, hits = calibration(logits, labels)
     return {
         "top1": 100 * right[:, 0].double().mean().item(),
         "top5": 100 * right.any(1).double().mean().item(),
         "nll": F.cross_entropy(logits, labels).item(),
-        "ece": 100 * gap.abs().sum().item() / len(labels),
+        "ece": 100 * (confidence - hits).abs().sum().item() / len(labels),
         "n": len(labels),
     }
 
@@ -123,8 +128,6 @@ def read_run(folder):
 
 
 PER_SEED = {"seed", "run_dir", "resume", "data_dir", "device", "amp", "compile", "teacher_checkpoint"}   # may differ within a row
-
-
 ALIKE = ("dataset", "student", "teacher", "epochs")            # of every run in a table; ce has no teacher
 # 97.5 % quantiles of Student's t for 1 to 30 degrees of freedom; the last serves beyond.
 T_975 = (12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262, 2.228, 2.201, 2.179, 2.160, 2.145, 2.131,
@@ -164,15 +167,21 @@ def last_top1(row):
     return {seed: epochs[-1]["test_top1"] for seed, (_, epochs) in row.items()}
 
 
-def difference(row, other):
-    """(mean, low, high) of last-epoch top-1 of `row` minus that of `other`, with a 95 % interval of Student's t over the
-    differences seed by seed: a seed fixes initial weights, order and views. low and high are None for fewer than two seeds."""
-    a, b = last_top1(row), last_top1(other)
-    d = torch.tensor([a[seed] - b[seed] for seed in sorted(a.keys() & b.keys())], dtype=torch.float64)
+def interval(numbers):
+    """(mean, low, high) of a list, with the 95 % interval of Student's t. low and high are None for fewer than two numbers,
+    mean too for none."""
+    d = torch.tensor(numbers, dtype=torch.float64)
     if len(d) < 2:
         return (d.mean().item() if len(d) else None), None, None
     half = T_975[min(len(d) - 1, len(T_975)) - 1] * d.std().item() / len(d) ** 0.5
     return d.mean().item(), d.mean().item() - half, d.mean().item() + half
+
+
+def difference(row, other):
+    """The `interval` of last-epoch top-1 of `row` minus that of `other`, seed by seed: a seed fixes initial weights, order
+    and views."""
+    a, b = last_top1(row), last_top1(other)
+    return interval([a[seed] - b[seed] for seed in sorted(a.keys() & b.keys())])
 
 
 def table(folder, against=None):
