@@ -4,6 +4,7 @@ images: (N, 3, S, S) uint8 RGB; labels: (N,) int64. Every random draw of an epoc
 CPU generator that is a function of (seed, epoch), so the views are the same on every device, nothing
 needs a worker process, and a resumed run needs no random state.
 """
+import dataclasses
 import io
 import math
 import os
@@ -11,7 +12,6 @@ import urllib.error
 import warnings
 import zipfile
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
 from pathlib import Path
 
 import matplotlib
@@ -39,9 +39,10 @@ def write_atomically(path, content):
         temporary.unlink(missing_ok=True)
 
 
-@dataclass
+@dataclasses.dataclass
 class Dataset:
-    """train and test: (images, labels), train is None where only the test part was asked for.
+    """train and test: (images, labels), train is None where only the test part was asked for; test is
+    the part that is measured, held out of the training images where evaluate="val".
     classes: the C class names. mean, std: of RGB in [0, 1]. flip: whether a mirror image keeps its class."""
     train: tuple
     test: tuple
@@ -285,7 +286,7 @@ FONTS = [f"DejaVu{family}{style}.ttf"
 FONTS += ["STIXGeneral.ttf", "STIXGeneralBol.ttf", "STIXGeneralItalic.ttf", "STIXGeneralBolIta.ttf"]
 FONTS += ["cmr10.ttf", "cmb10.ttf", "cmss10.ttf", "cmtt10.ttf"]
 # The difficulty, tuned so that the default teacher errs often enough to matter (README).
-GLYPHS_VERSION, GLYPHS_TRAIN, GLYPHS_TEST = "v1", 8000, 4000
+GLYPHS_VERSION, GLYPHS_SIZE, GLYPHS_TRAIN, GLYPHS_TEST = "v2", 16, 8000, 4000
 ROTATION, ZOOM, JITTER, CONTRAST = 40, (0.75, 1.25), 0.4, (0.35, 1)
 DISTRACTORS, AWAY, NOISE = 2, (0.9, 1.3), (0.02, 0.08)
 
@@ -306,9 +307,9 @@ def _masks():
 
 
 def render_glyphs(n, seed):
-    """n images (n, 3, 32, 32) uint8 and labels (n,): light characters at random font, colour, rotation,
+    """n images (n, 3, S, S) uint8 and labels (n,): light characters at random font, colour, rotation,
     shear, scale and place, on a darker gradient with fragments of other characters and noise."""
-    g = torch.Generator().manual_seed(seed)
+    S, g = GLYPHS_SIZE, torch.Generator().manual_seed(seed)
     masks = _masks()
     first = torch.tensor([sum(map(len, GLYPHS[:k])) for k in range(len(GLYPHS))])
     count = torch.tensor([len(name) for name in GLYPHS])
@@ -317,7 +318,7 @@ def render_glyphs(n, seed):
         return low + (high - low) * torch.rand(*shape, generator=g)
 
     def place(character, radius):
-        """Coverage (n, 1, 32, 32) of a character, its centre `radius` half-sides away from the middle."""
+        """Coverage (n, 1, S, S) of a character, its centre `radius` half-sides away from the middle."""
         font = torch.randint(len(FONTS), (n,), generator=g)
         turn, shear = uniform(-ROTATION, ROTATION, n) * math.pi / 180, uniform(-0.3, 0.3, n)
         zoom_x, zoom_y = uniform(*ZOOM, n), uniform(*ZOOM, n)
@@ -326,12 +327,13 @@ def render_glyphs(n, seed):
         inverse = torch.stack([torch.stack([cos, sin + shear * cos], 1) / zoom_x[:, None],
                                torch.stack([-sin, cos - shear * sin], 1) / zoom_y[:, None]], 1)
         shift = -(inverse @ torch.stack([x, y], 1)[..., None])
-        grid = F.affine_grid(torch.cat([inverse, shift], 2), (n, 1, 32, 32), align_corners=False)
-        return F.grid_sample(masks[font, character][:, None], grid, align_corners=False)
+        grid = F.affine_grid(torch.cat([inverse, shift], 2), (n, 1, 2 * S, 2 * S), align_corners=False)
+        cover = F.grid_sample(masks[font, character][:, None], grid, align_corners=False)
+        return F.avg_pool2d(cover, 2)                          # drawn at twice the size, so that thin strokes do not break
 
     labels = torch.randint(len(GLYPHS), (n,), generator=g)
     character = first[labels] + (torch.rand(n, generator=g) * count[labels]).long()
-    angle, (y, x) = uniform(0, 2 * math.pi, n), torch.meshgrid(*[torch.linspace(-1, 1, 32)] * 2, indexing="ij")
+    angle, (y, x) = uniform(0, 2 * math.pi, n), torch.meshgrid(*[torch.linspace(-1, 1, S)] * 2, indexing="ij")
     along = 0.5 + 0.35 * (angle.cos()[:, None, None] * x + angle.sin()[:, None, None] * y)[:, None]
     images = torch.lerp(uniform(0, 0.45, n, 3, 1, 1), uniform(0, 0.45, n, 3, 1, 1), along.clamp(0, 1))
     for _ in range(DISTRACTORS):
@@ -352,26 +354,30 @@ CIFAR = {                                                      # C, mean and std
     "cifar10": (10, (0.4914, 0.4822, 0.4465), (0.2470, 0.2435, 0.2616)),
     "cifar100": (100, (0.5071, 0.4867, 0.4408), (0.2675, 0.2565, 0.2761)),
 }
-DATASETS = ("glyphs", *CIFAR, "folder")
+SIDES = {"glyphs": GLYPHS_SIZE, "cifar10": 32, "cifar100": 32, "folder": 64}       # pixels; a folder's can be chosen
+DATASETS = tuple(SIDES)
 
 
-def load(name, data_dir="data", image_size=32, train=True, statistics=None):
+def load(name, data_dir="data", image_size=None, train=True, statistics=None, evaluate="test"):
     """The data set as a Dataset on the CPU.
 
     name: one of DATASETS. data_dir: the folder of images for "folder", else where the set is cached,
-    or stands as an image folder. image_size: side in pixels, for "folder". train=False leaves the
-    training part out. statistics: (mean, std) to use instead of the data set's own.
+    or stands as an image folder. image_size: side in pixels, for "folder" (64). train=False leaves the
+    training part out. statistics: (mean, std) to use instead of the data set's own. evaluate="val"
+    puts a tenth of the training images, which then is not trained on, in place of the test part.
     Raises UserError for whatever the user can mend.
     """
+    if evaluate == "val":
+        return hold_out(load(name, data_dir, image_size, statistics=statistics))
     root = Path(data_dir)
-    if name != "folder" and image_size != 32:
-        raise UserError(f"--image-size {image_size}: {name} has 32-pixel images; leave the flag out")
+    if name != "folder" and image_size not in (None, SIDES[name]):
+        raise UserError(f"--image-size {image_size}: {name} has {SIDES[name]}-pixel images; leave the flag out")
     if name == "glyphs":
         return _load_glyphs(root, train)
     if name == "folder" or (root / "train").is_dir() and (root / "test").is_dir():
         expected = CIFAR[name][0] if name in CIFAR else None
         statistics = CIFAR[name][1:] if name in CIFAR else statistics
-        return _load_folder(root, image_size, train, statistics, expected)
+        return _load_folder(root, image_size or SIDES[name], train, statistics, expected)
     try:
         with warnings.catch_warnings(action="ignore"):
             parts = [getattr(datasets, name.upper())(root, train=part, download=True) for part in (True, False)]
@@ -381,6 +387,14 @@ def load(name, data_dir="data", image_size=32, train=True, statistics=None):
     train_part, test_part = ((torch.from_numpy(p.data).permute(0, 3, 1, 2).contiguous(),
                               torch.tensor(p.targets)) for p in parts)
     return Dataset(train_part if train else None, test_part, parts[0].classes, *CIFAR[name][1:], flip=True)
+
+
+def hold_out(dataset):
+    """The Dataset with a seeded tenth of its training images, at least one, as the part that is measured."""
+    images, labels = dataset.train
+    order = torch.randperm(len(labels), generator=torch.Generator().manual_seed(0))
+    val, train = order.split([max(1, len(order) // 10), len(order) - max(1, len(order) // 10)])
+    return dataclasses.replace(dataset, train=(images[train], labels[train]), test=(images[val], labels[val]))
 
 
 def _statistics(images):

@@ -115,6 +115,11 @@ def inheritance(student_logits, teacher_logits, labels):
 
 # --- The results table ----------------------------------------------------------------------------
 
+def top1_of(config):
+    """The metric of a run: "test_top1", or "val_top1" where validation images were measured on."""
+    return config.get("evaluate", "test") + "_top1"
+
+
 def read_run(folder):
     """(config, list of epoch rows) of a run folder. Raises UserError where either is missing or damaged."""
     try:
@@ -122,13 +127,13 @@ def read_run(folder):
         rows = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
     except (OSError, ValueError) as error:
         raise UserError(f"{folder}: needs a readable config.json and metrics.jsonl ({error})")
-    if not rows or not all(isinstance(row, dict) and "test_top1" in row for row in rows):
+    if not rows or not all(isinstance(row, dict) and top1_of(config) in row for row in rows):
         raise UserError(f"{folder / 'metrics.jsonl'}: empty, or not written by train.py")
     return config, rows
 
 
 PER_SEED = {"seed", "run_dir", "resume", "data_dir", "device", "amp", "compile", "teacher_checkpoint"}   # may differ within a row
-ALIKE = ("dataset", "student", "teacher", "epochs")            # of every run in a table; ce has no teacher
+ALIKE = ("dataset", "evaluate", "student", "teacher", "epochs")            # of every run in a table; ce has no teacher
 # 97.5 % quantiles of Student's t for 1 to 30 degrees of freedom; the last serves beyond.
 T_975 = (12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262, 2.228, 2.201, 2.179, 2.160, 2.145, 2.131,
          2.120, 2.110, 2.101, 2.093, 2.086, 2.080, 2.074, 2.069, 2.064, 2.060, 2.056, 2.052, 2.048, 2.045, 2.042)
@@ -163,8 +168,8 @@ def read_rows(folder):
 
 
 def last_top1(row):
-    """{seed: test top-1 of the last epoch} of a row of `read_rows`."""
-    return {seed: epochs[-1]["test_top1"] for seed, (_, epochs) in row.items()}
+    """{seed: top-1 of the last epoch} of a row of `read_rows`."""
+    return {seed: epochs[-1][top1_of(config)] for seed, (config, epochs) in row.items()}
 
 
 def interval(numbers):
@@ -190,12 +195,13 @@ def table(folder, against=None):
     rows = read_rows(folder)
     if against is not None and against not in rows:
         raise UserError(f"--against {against}: no such row in {folder}; choose one of {', '.join(rows)}")
-    lines = [f"| run | student | epochs | n seeds | last epoch, top-1 % (mean ± sd) | best epoch, top-1 % (mean; selected on test) | "
+    part = next(iter(next(iter(rows.values())).values()))[0].get("evaluate", "test")
+    lines = [f"| run | student | epochs | n seeds | last epoch, {part} top-1 % (mean ± sd) | best epoch (mean; selected on {part}) | "
              f"difference to {against or 'the row above'} (95 % interval) | verdict |", "|---" * 8 + "|"]
     above = None
     for name, row in rows.items():
         last = torch.tensor(list(last_top1(row).values()), dtype=torch.float64)
-        best = torch.tensor([max(epoch["test_top1"] for epoch in epochs) for _, epochs in row.values()], dtype=torch.float64)
+        best = torch.tensor([max(epoch[top1_of(config)] for epoch in epochs) for config, epochs in row.values()], dtype=torch.float64)
         config, epochs = next(iter(row.values()))
         cells = [name, config["student"], str(len(epochs)), str(len(row)), f"{last.mean():.2f}" + (f" ± {last.std():.2f}" if len(row) > 1 else ""), f"{best.mean():.2f}"]
         other = above if against is None else against if name != against else None
@@ -247,7 +253,7 @@ def evaluate_file(args):
     if dataset is None:
         raise UserError(f"{args.checkpoint}: does not say which data it was trained on; give --dataset and --data-dir")
     statistics = (checkpoint["mean"], checkpoint["std"]) if "mean" in checkpoint else None
-    data = load(dataset, args.data_dir or checkpoint.get("data_dir", "data"), checkpoint.get("image_size", 32),
+    data = load(dataset, args.data_dir or checkpoint.get("data_dir", "data"), checkpoint.get("image_size"),
                 train=False, statistics=statistics)
     images, labels = data.test
     check_fits(args.checkpoint, checkpoint, model, data)

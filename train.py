@@ -25,7 +25,7 @@ import torchvision
 from tqdm import tqdm
 
 import losses
-from data import DATASETS, UserError, batches, load, write_atomically
+from data import DATASETS, SIDES, UserError, batches, load, write_atomically
 from eval import check_fits, load_model, measure, predict
 from models import MODELS, create_model, fold_batch_norm
 from swap import misclassified
@@ -45,14 +45,14 @@ class Settings:
     teacher: str = setting("teacher network", choices=MODELS, metavar="NAME")
     teacher_checkpoint: str = setting("its weights; default: the cached ones, or trained first", metavar="FILE")
     student: str = setting(f"student network, one of {', '.join(MODELS)}", choices=MODELS, metavar="NAME")
-    epochs: int = setting("default 240 on CIFAR, 60 on a folder, 8 on glyphs (24 for a ViT)", int)
+    epochs: int = setting("default 240 on CIFAR, 60 on a folder, 16 on glyphs", int)
     batch_size: int = setting("images a step; default 64", int)
-    lr: float = setting("learning rate; sgd: 0.05 for ce and kd, 0.025 for sld; adamw: 0.001", float)
+    lr: float = setting("learning rate; sgd: 0.05 for ce and kd, 0.025 for sld; adamw: 0.001; own ones on glyphs", float)
     weight_decay: float = setting("on all parameters; 5e-4 for sgd, 0.05 for adamw", float)
     optimizer: str = setting("sgd has momentum 0.9; adamw for a ViT student", choices=("sgd", "adamw"))
-    schedule: str = setting("step: x0.1 after 150, 180, 210 of 240 epochs; cosine for a ViT student",
+    schedule: str = setting("step: x0.1 after 150, 180, 210 of 240 epochs; cosine on glyphs and for a ViT student",
                             choices=("step", "cosine"))
-    warmup: float = setting("epochs of linear warm-up; 0, or a tenth of the epochs for a ViT student", float)
+    warmup: float = setting("epochs of linear warm-up; 0, or a tenth of the epochs on glyphs and for a ViT student", float)
     views: str = setting("weak (crop, flip), or both: weak and strong; both for sld", choices=("weak", "both"))
     temperatures: tuple = setting("T of the KL; 4 for kd, 1 2 3 4 5 6 for sld", float, nargs="+", metavar="T")
     gamma: int = setting("the student swap starts after this epoch; 150 of 240", int)
@@ -62,6 +62,8 @@ class Settings:
     omega: float = setting("logit units added to the label's, for --teacher-fix add", float)
     student_swap: bool = setting("use the pseudo-teacher, (S4); on", bool)
     detach: bool = setting("stop the gradient through the pseudo-teacher; off, as released", bool)
+    evaluate: str = setting("images to measure on: the test part, or val, a tenth of the training images that is then "
+                            "not trained on; choose hyper-parameters on val; default test", choices=("test", "val"))
     seed: int = setting("of initial weights, order and views; default 0", int)
     device: str = setting("default auto", choices=("auto", "cpu", "cuda", "mps"))
     amp: bool = setting("mixed precision; on for CUDA and for CPUs with bfloat16 instructions", bool)
@@ -81,17 +83,22 @@ METHODS = {
                 ce_weight=0.1, kd_weight=0.9, gamma=None, teacher_fix="swap", omega=None, student_swap=True, detach=False),
 }
 SIZES = {
-    "glyphs": dict(teacher="resnet20", student="resnet8", epochs=8, image_size=32),
-    "cifar10": dict(teacher="resnet56", student="resnet20", epochs=240, image_size=32),
-    "cifar100": dict(teacher="resnet56", student="resnet20", epochs=240, image_size=32),
-    "folder": dict(teacher="resnet20", student="resnet8", epochs=60, image_size=64),
+    "glyphs": dict(teacher="resnet14", student="resnet8", epochs=16),
+    "cifar10": dict(teacher="resnet56", student="resnet20", epochs=240),
+    "cifar100": dict(teacher="resnet56", student="resnet20", epochs=240),
+    "folder": dict(teacher="resnet20", student="resnet8", epochs=60),
 }
 OPTIMIZERS = {
     "sgd": dict(schedule="step", weight_decay=5e-4, warmup=0.0),
     "adamw": dict(schedule="cosine", weight_decay=0.05, lr=1e-3),
 }
-COMMON = dict(method="sld", dataset="glyphs", data_dir="data", batch_size=64, seed=0, device="auto", compile=False, resume=False)
+TUNED = {                                                      # for glyphs, on its validation part: results/tuning
+    "sgd": dict(lr=dict(ce=0.4, kd=0.4, sld=0.1), schedule="cosine", warmup=None),
+    "adamw": dict(lr=dict(ce=1e-3, kd=1e-3, sld=1e-3)),
+}
+COMMON = dict(method="sld", dataset="glyphs", data_dir="data", batch_size=64, seed=0, evaluate="test", device="auto", compile=False, resume=False)
 MILESTONES, GAMMA, OF = (150, 180, 210), 150, 240              # epochs of the published recipe
+PARTS = dict(test="test", val="validation")
 FREE = ("run_dir", "resume", "data_dir", "device", "teacher_checkpoint")   # may change when a run is resumed
 
 
@@ -112,14 +119,13 @@ def resolve(s):
     if foreign:
         raise UserError(f"{', '.join(foreign)}: no part of --method {full['method']}; leave it out, or choose another method")
     vit = given.get("student", size["student"]).startswith("vit")
-    if vit and full["dataset"] == "glyphs":
-        size = size | dict(epochs=24)                          # 8 are too few steps for a ViT to get going
     optimizer = given.get("optimizer", "adamw" if vit else "sgd")
-    full = dict.fromkeys(f.name for f in dataclasses.fields(Settings)) | COMMON | recipe | size \
-        | dict(optimizer=optimizer) | OPTIMIZERS[optimizer] | given
+    tuned = TUNED[optimizer] | dict(lr=TUNED[optimizer]["lr"][full["method"]]) if full["dataset"] == "glyphs" else {}
+    full = dict.fromkeys(f.name for f in dataclasses.fields(Settings)) | COMMON | recipe | size | dict(image_size=SIDES[full["dataset"]]) \
+        | dict(optimizer=optimizer) | OPTIMIZERS[optimizer] | tuned | given
     if "teacher" not in recipe:
         full["teacher"] = None
-    if full["warmup"] is None:
+    if full["warmup"] is None:                                 # with the cosine
         full["warmup"] = full["epochs"] / 10
 
     def check(name, low, strict=True):
@@ -302,6 +308,8 @@ def get_teacher(s, data, device):
         if name == "folder":                                   # two folders may share a name: the images tell them apart
             images, labels = (part.cpu().numpy() for part in data.train)
             name = f"{Path(s.data_dir).resolve().name}-{s.image_size}px-{zlib.crc32(labels, zlib.crc32(images)):08x}"
+        if s.evaluate == "val":                                # it must not know the images that are measured on either
+            name += "-val"
         folder = Path("runs") / f"teacher-{name}-{s.teacher}"
         path = folder / "last.pt"
         started = (folder / "config.json").exists()
@@ -309,7 +317,7 @@ def get_teacher(s, data, device):
         if not started or done < json.loads((folder / "config.json").read_text())["epochs"]:
             print(f"no {s.teacher} teacher for {name} yet: {'going on with' if started else 'training'} it first, in {folder}\n"
                   f"(your own instead: --teacher-checkpoint FILE)\n")
-            whole = {} if started else dict(method="ce", dataset=s.dataset, image_size=s.image_size, student=s.teacher,
+            whole = {} if started else dict(method="ce", dataset=s.dataset, image_size=s.image_size, student=s.teacher, evaluate=s.evaluate,
                                             batch_size=min(64, len(data.train[1])), amp=s.amp)
             run(Settings(**whole, data_dir=s.data_dir, device=s.device, run_dir=str(folder), resume=started))
             print()
@@ -320,9 +328,9 @@ def get_teacher(s, data, device):
     C = len(data.classes)
     floor = 100 * min(2 / C, 1 / C + 0.1)                      # twice chance means nothing for 2 classes
     if not top1 > floor:
-        raise UserError(f"{path}: the teacher has {top1:.2f} % test top-1, no better than {floor:.2f} % "
+        raise UserError(f"{path}: the teacher has {top1:.2f} % {s.evaluate} top-1, no better than {floor:.2f} % "
                         f"({'twice chance' if C >= 10 else 'ten points above chance'}); give another --teacher-checkpoint")
-    print(f"teacher   {s.teacher} from {path}: {top1:.2f} % test top-1")
+    print(f"teacher   {s.teacher} from {path}: {top1:.2f} % {s.evaluate} top-1")
     digest = hashlib.sha256(b"".join(v.cpu().numpy().tobytes() for v in teacher.state_dict().values())).hexdigest()
     return fold_batch_norm(teacher), digest
 
@@ -398,15 +406,20 @@ def train_epoch(s, epoch, student, teacher, objective, data, optimizer, scaler, 
 
 COLUMNS = (  # heading, key, width, format
     ("epoch", "epoch", 5, "d"), ("lr", "lr", 8, ".2g"), ("ce", "loss_ce", 7, ".3f"), ("teacher", "loss_teacher", 8, ".3f"),
-    ("student", "loss_student", 8, ".3f"), ("train%", "train_top1", 7, ".2f"), ("test%", "test_top1", 6, ".2f"),
+    ("student", "loss_student", 8, ".3f"), ("train%", "train_top1", 7, ".2f"), ("{part}%", "{part}_top1", 6, ".2f"),
     ("best%", "best_top1", 6, ".2f"), ("swapTw%", "swap_teacher_weak", 8, ".2f"), ("swapTs%", "swap_teacher_strong", 8, ".2f"),
     ("swapS%", "swap_student", 7, ".2f"), ("sec", "seconds", 7, ".1f"), ("img/s", "images_per_second", 7, ".0f"))
-HEADER = " ".join(heading.rjust(width) for heading, _, width, _ in COLUMNS)
 
 
-def epoch_line(row):
-    """One fixed-width line under HEADER; what the method does not have shows as a dash."""
-    return " ".join((format(row[key], form) if key in row else "-").rjust(width) for _, key, width, form in COLUMNS)
+def header(part):
+    """The heading of the epochs' lines. part: "test" or "val", as in Settings.evaluate."""
+    return " ".join(heading.format(part=part).rjust(width) for heading, _, width, _ in COLUMNS)
+
+
+def epoch_line(row, part):
+    """One fixed-width line under the header; what the method does not have shows as a dash."""
+    keys = [key.format(part=part) for _, key, _, _ in COLUMNS]
+    return " ".join((format(row[key], form) if key in row else "-").rjust(width) for key, (_, _, width, form) in zip(keys, COLUMNS))
 
 
 def open_run(s):
@@ -445,7 +458,7 @@ def run(settings):
     s, checkpoint = open_run(settings)
     folder, device = Path(s.run_dir), pick_device(s.device)
     s = dataclasses.replace(s, amp=amp_by_default(device) if s.amp is None else s.amp)
-    data = load(s.dataset, s.data_dir, s.image_size)
+    data = load(s.dataset, s.data_dir, s.image_size, evaluate=s.evaluate)
     if device.type == "cuda":                                  # elsewhere the views are made on the CPU
         data.train, data.test = (tuple(t.to(device) for t in part) for part in (data.train, data.test))
     n, C = len(data.train[1]), len(data.classes)
@@ -468,7 +481,7 @@ def run(settings):
             scaler.load_state_dict(checkpoint["scaler"])
         history = checkpoint["history"]
 
-    print(f"data      {s.dataset}: {n} training and {len(data.test[1])} test images, {C} classes, {s.image_size} px")
+    print(f"data      {s.dataset}: {n} training and {len(data.test[1])} {PARTS[s.evaluate]} images, {C} classes, {s.image_size} px")
     print(in_words(s))
     print(f"device    {device.type}, {'mixed precision (' + str(autocast.fast_dtype)[6:] + ')' if s.amp else 'float32'}; run folder {folder}")
     if s.batch_size != 64 and settings.lr is None and s.optimizer == "sgd":
@@ -476,7 +489,7 @@ def run(settings):
               f"instead of {s.lr:g} (not applied)")
     with lock(folder):
         train_in(folder, s, data, student, teacher, digest, optimizer, scaler, autocast, history)
-    print(f"\nlast epoch {history[-1]['test_top1']:.2f} %, best {history[-1]['best_top1']:.2f} % (selected on test); python eval.py {folder / 'last.pt'}")
+    print(f"\nlast epoch {history[-1][s.evaluate + '_top1']:.2f} %, best {history[-1]['best_top1']:.2f} % (selected on {s.evaluate}); python eval.py {folder / 'last.pt'}")
     return history
 
 
@@ -492,7 +505,7 @@ def train_in(folder, s, data, student, teacher, digest, optimizer, scaler, autoc
     if not (folder / "env.json").exists():
         write_json(folder / "env.json", environment(device) | dict(teacher_digest=digest))
     print("swap%     rows whose top class is not the label: of the teacher on weak (Tw) and strong (Ts) views, of the student (S)")
-    print("\n" + HEADER)
+    print("\n" + header(s.evaluate))
 
     objective, network = make_objective(s), compiled(student, device) if s.compile else student
     try:
@@ -502,25 +515,25 @@ def train_in(folder, s, data, student, teacher, digest, optimizer, scaler, autoc
             seconds = time.perf_counter() - start
             if not all(v.isfinite().all() for v in student.state_dict().values()):
                 raise UserError(f"epoch {epoch}: the weights are not finite any more; what was saved still loads; try a smaller --lr")
-            test = measure(predict(student, data.test[0], data.mean, data.std), data.test[1])
+            measured = measure(predict(student, data.test[0], data.mean, data.std), data.test[1])
             losses_ = {k: v for k, v in sums.items() if k.startswith("loss_")}
             swaps = {k: 100 * v for k, v in sums.items() if k.startswith("swap_teacher")}
             wrong = [v for k, v in sums.items() if k.startswith("swap_student")]
-            best = max([row["test_top1"] for row in history] + [test["top1"]])
+            best = max([row["best_top1"] for row in history] + [measured["top1"]])
             row = dict(epoch=epoch, lr=optimizer.param_groups[0]["lr"], loss=sum(losses_.values()), **losses_,
-                       train_top1=100 * (1 - sums["swap_student_weak"]), test_top1=test["top1"], test_top5=test["top5"],
-                       test_nll=test["nll"], best_top1=best, **swaps, swap_student=100 * sum(wrong) / len(wrong),
+                       train_top1=100 * (1 - sums["swap_student_weak"]), **{f"{s.evaluate}_{k}": measured[k] for k in ("top1", "top5", "nll")},
+                       best_top1=best, **swaps, swap_student=100 * sum(wrong) / len(wrong),
                        skipped_steps=skipped, seconds=seconds, images_per_second=len(data.train[1]) / seconds)
             saved = dict(architecture=s.student, image_size=s.image_size, dataset=s.dataset, data_dir=s.data_dir, classes=data.classes,
-                         mean=data.mean, std=data.std, method=s.method, seed=s.seed, epoch=epoch, test_top1=test["top1"],
+                         mean=data.mean, std=data.std, method=s.method, seed=s.seed, epoch=epoch, evaluate=s.evaluate, top1=measured["top1"],
                          model={k: v.cpu() for k, v in student.state_dict().items()})
-            if test["top1"] == best:
+            if measured["top1"] == best:
                 write_checkpoint(folder / "best.pt", saved)
             write_checkpoint(folder / "last.pt", saved | dict(optimizer=optimizer.state_dict(), scaler=scaler.state_dict(),
                                                               teacher_digest=digest, history=history + [row]))
             history.append(row)
             write_metrics(folder, history)
-            print(epoch_line(row), flush=True)
+            print(epoch_line(row, s.evaluate), flush=True)
         write_metrics(folder, history)                         # a resumed run may have nothing else left to do
     except torch.OutOfMemoryError:
         raise UserError(f"--batch-size {s.batch_size}: the memory of the GPU is full; try --batch-size {max(1, s.batch_size // 2)}")

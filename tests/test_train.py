@@ -26,13 +26,22 @@ def test_the_published_experiment_needs_no_further_flag():
 
 def test_the_default_is_sld_on_glyphs():
     s = resolve(Settings())
-    assert (s.method, s.dataset, s.teacher, s.student, s.epochs, s.gamma) == ("sld", "glyphs", "resnet20", "resnet8", 8, 5)
+    assert (s.method, s.dataset, s.teacher, s.student, s.epochs, s.gamma) == ("sld", "glyphs", "resnet14", "resnet8", 16, 10)
+    assert (s.image_size, s.evaluate, s.optimizer, s.schedule, s.warmup) == (data.GLYPHS_SIZE, "test", "sgd", "cosine", 1.6)
+
+
+def test_glyphs_has_tuned_rates_and_the_other_data_sets_the_published_ones():
+    rates = {name: [resolve(Settings(method=method, dataset=name)).lr for method in train.METHODS] for name in data.DATASETS}
+    assert rates.pop("glyphs") == [train.TUNED["sgd"]["lr"][method] for method in train.METHODS]
+    assert set(map(tuple, rates.values())) == {(0.05, 0.05, 0.025)}
+    assert {resolve(Settings(dataset=name)).schedule for name in rates} == {"step"}
+    assert resolve(Settings(lr=0.3, schedule="step", warmup=0.0)).lr == 0.3
 
 
 def test_a_vit_student_has_its_own_recipe():
     s = resolve(Settings(student="vit_nano"))
     assert (s.optimizer, s.schedule) == ("adamw", "cosine") and s.warmup > 0
-    assert resolve(Settings(student="vit_nano", optimizer="sgd")).schedule == "step"
+    assert resolve(Settings(student="vit_nano", optimizer="sgd", dataset="cifar100")).schedule == "step"
 
 
 def test_the_learning_rate_drops_after_150_180_210_of_240():
@@ -79,6 +88,28 @@ def test_a_run_folder_describes_itself(short):
         assert set(checkpoint["model"]) == set(train.create_model("resnet8", 3).state_dict())
     import os
     assert sorted(os.listdir("run")) == ["best.pt", "config.json", "env.json", "last.pt", "lock", "metrics.jsonl"]
+
+
+def test_val_measures_on_a_tenth_that_is_not_trained_on(short, colors, command):
+    images, labels = data.load("folder", colors, 16).train
+    val = data.load("folder", colors, 16, evaluate="val")
+    rows = {image.numpy().tobytes() for image in images}
+    trained, measured = ({image.numpy().tobytes() for image in part[0]} for part in (val.train, val.test))
+    assert trained | measured == rows and not trained & measured and (len(val.train[1]), len(val.test[1])) == (108, 12)
+    history = run(short(run_dir="run", evaluate="val"))
+    assert {"val_top1", "val_top5", "val_nll"} <= set(history[-1]) and not any(key.startswith("test_") for key in history[-1])
+    assert json.load(open("run/config.json"))["evaluate"] == "val"
+    status, out, _ = command(train, "--resume", "--run-dir", "run")
+    assert status == 0 and "108 training and 12 validation images" in out and " val% " in out and "(selected on val)" in out
+    status, _, err = command(train, "--resume", "--run-dir", "run", "--evaluate", "test")
+    assert status == 2 and "--evaluate val -> test" in err
+
+
+def test_a_teacher_for_val_does_not_know_the_images_that_are_measured_on(colors, monkeypatch):
+    monkeypatch.setitem(train.SIZES, "folder", train.SIZES["folder"] | dict(epochs=4))
+    run(Settings(dataset="folder", data_dir=str(colors), image_size=16, teacher="resnet8", epochs=1, evaluate="val", run_dir="run"))
+    teacher, = data.Path("runs").glob("teacher-*-val-resnet8")
+    assert json.loads((teacher / "config.json").read_text())["evaluate"] == "val"
 
 
 def test_eval_gives_the_numbers_of_the_log(short, command):
@@ -226,7 +257,7 @@ def test_seeds_differ_and_repeat(short):
 
 
 def test_the_default_run_says_what_it_minimises(easy_glyphs, command):
-    status, out, err = command(train, "--method", "ce", "--student", "resnet20", "--data-dir", easy_glyphs, "--epochs", 3, "--run-dir", "teacher")
+    status, out, err = command(train, "--method", "ce", "--student", "resnet14", "--data-dir", easy_glyphs, "--epochs", 3, "--run-dir", "teacher")
     assert status == 0, err
     status, out, err = command(train, "--method", "sld", "--data-dir", easy_glyphs, "--epochs", 2, "--teacher-checkpoint", "teacher/last.pt")
     assert status == 0, err
@@ -236,7 +267,7 @@ def test_the_default_run_says_what_it_minimises(easy_glyphs, command):
     assert len({len(line) for line in rows}) == 1 and len(rows) == 3
 
 
-@pytest.mark.parametrize("teacher, student", [("resnet20", "vit_nano"), ("vit_nano", "resnet8")])
+@pytest.mark.parametrize("teacher, student", [("resnet14", "vit_nano"), ("vit_nano", "resnet8")])
 def test_a_vit_as_student_and_as_teacher(easy_glyphs, teacher, student):
     common = dict(data_dir=str(easy_glyphs), device="cpu", batch_size=16)
     first = run(Settings(method="ce", student=teacher, epochs=4, run_dir="teacher", **common))
@@ -244,7 +275,7 @@ def test_a_vit_as_student_and_as_teacher(easy_glyphs, teacher, student):
     assert first[-1]["test_top1"] > 50 and history[-1]["test_top1"] > 50      # chance is 33
 
 
-@pytest.mark.parametrize("change", [dict(views="strong"), dict(method="mlkd"), dict(student="resnet9"), dict(temperatures=()), dict(gamma=8)])
+@pytest.mark.parametrize("change", [dict(views="strong"), dict(method="mlkd"), dict(student="resnet9"), dict(temperatures=()), dict(gamma=16), dict(evaluate="train")])
 def test_a_notebooks_mistakes_raise_one_line(change):
     with pytest.raises(data.UserError, match=next(iter(change))):
         resolve(Settings(**change))

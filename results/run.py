@@ -1,0 +1,65 @@
+"""Make the runs behind the tables:  python results/run.py GROUP [--jobs 2]
+
+A run that is there is left alone, one that was cut off goes on. Each runs on one thread, so that its numbers
+do not depend on --jobs. Logs go to results/GROUP/<row>/seed<k>; weights stay beside them, out of git.
+"""
+import argparse
+import os
+import subprocess
+import sys
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parent.parent
+TEACHER = "--teacher-checkpoint results/teachers/{}/seed0/last.pt"
+RECIPES = {"1-ce": "--method ce", "2-kd": f"--method kd {TEACHER}", "3-sld": f"--method sld {TEACHER}"}
+GRID = {"ce": (0.1, 0.2, 0.4, 0.8, 1.6), "kd": (0.1, 0.2, 0.4, 0.8, 1.6), "sld": (0.025, 0.05, 0.1, 0.2, 0.4)}
+VIT_GRID = {"ce": (0.001, 0.002, 0.004, 0.008), "kd": (0.001, 0.002, 0.004, 0.008), "sld": (0.001, 0.002, 0.004, 0.008)}
+
+
+def recipes(teacher="glyphs", more=""):
+    return {row: f"{flags.format(teacher)} {more}" for row, flags in RECIPES.items()}
+
+
+def grid(lrs, more=""):
+    by_method = dict(zip(lrs, recipes("glyphs-val", more).values()))
+    return {f"{method}-lr{lr:g}": f"{flags} --lr {lr:g} --evaluate val" for method, flags in by_method.items() for lr in lrs[method]}
+
+
+# group: (its rows, each with flags of train.py; the seeds)
+GROUPS = {
+    "teachers": ({"glyphs": "--method ce --student resnet14", "glyphs-val": "--method ce --student resnet14 --evaluate val"}, range(1)),
+    "teacher-seeds": ({"resnet14": "--method ce --student resnet14"}, range(3)),
+    "tuning": (grid(GRID), range(3)),
+    "tuning-teacher": ({f"resnet14-lr{lr:g}": f"--method ce --student resnet14 --evaluate val --lr {lr:g}" for lr in (0.1, 0.2, 0.4, 0.8)}, range(3)),
+    "tuning-vit": (grid(VIT_GRID, "--student vit_nano"), range(1)),
+    "recipes": (recipes(), range(3)),
+    "recipes-twice": (recipes(more="--epochs 32"), range(3)),
+    "recipes-vit": (recipes(more="--student vit_nano"), range(3)),
+}
+
+
+def make(folder, flags, seed):
+    folder = f"{folder}/seed{seed}"
+    start = ["--resume"] if (ROOT / folder / "config.json").exists() else [*flags.split(), "--seed", str(seed)]
+    with open(ROOT / f"{folder}.out".replace("/", "-").replace("results-", "runs/"), "w") as out:
+        done = subprocess.run([sys.executable, "train.py", *start, "--run-dir", folder], cwd=ROOT, stdout=out, stderr=subprocess.STDOUT,
+                              env=os.environ | dict(OMP_NUM_THREADS="1"))
+    print(f"{folder}: {'done' if done.returncode == 0 else f'status {done.returncode}, see {out.name}'}", flush=True)
+    return done.returncode
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("group", choices=GROUPS)
+    parser.add_argument("--jobs", type=int, default=2, help="runs at a time; default 2")
+    args = parser.parse_args()
+    rows, seeds = GROUPS[args.group]
+    (ROOT / "runs").mkdir(exist_ok=True)
+    with ThreadPoolExecutor(args.jobs) as pool:
+        runs = [pool.submit(make, f"results/{args.group}/{row}", flags, seed) for seed in seeds for row, flags in rows.items()]
+    sys.exit(max(run.result() for run in runs))
+
+
+if __name__ == "__main__":
+    main()
