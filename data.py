@@ -286,9 +286,9 @@ FONTS = [f"DejaVu{family}{style}.ttf"
 FONTS += ["STIXGeneral.ttf", "STIXGeneralBol.ttf", "STIXGeneralItalic.ttf", "STIXGeneralBolIta.ttf"]
 FONTS += ["cmr10.ttf", "cmb10.ttf", "cmss10.ttf", "cmtt10.ttf"]
 # The difficulty, tuned so that the default teacher errs often enough to matter (README).
-GLYPHS_VERSION, GLYPHS_SIZE, GLYPHS_TRAIN, GLYPHS_TEST = "v2", 16, 8000, 4000
-ROTATION, ZOOM, JITTER, CONTRAST = 40, (0.75, 1.25), 0.4, (0.35, 1)
-DISTRACTORS, AWAY, NOISE = 2, (0.9, 1.3), (0.02, 0.08)
+GLYPHS_VERSION, GLYPHS_SIZE, GLYPHS_TRAIN, GLYPHS_TEST = "v2", 16, 16_000, 4000
+ROTATION, ZOOM, JITTER, CONTRAST = 20, (1.05, 1.4), 0.3, (0.5, 1)
+DISTRACTORS, AWAY, NOISE = 1, (0.9, 1.3), (0.06, 0.22)
 
 
 def _masks():

@@ -45,7 +45,7 @@ class Settings:
     teacher: str = setting("teacher network", choices=MODELS, metavar="NAME")
     teacher_checkpoint: str = setting("its weights; default: the cached ones, or trained first", metavar="FILE")
     student: str = setting(f"student network, one of {', '.join(MODELS)}", choices=MODELS, metavar="NAME")
-    epochs: int = setting("default 240 on CIFAR, 60 on a folder, 16 on glyphs", int)
+    epochs: int = setting("default 240 on CIFAR, 60 on a folder, 8 on glyphs", int)
     batch_size: int = setting("images a step; default 64", int)
     lr: float = setting("learning rate; sgd: 0.05 for ce and kd, 0.025 for sld; adamw: 0.001; own ones on glyphs", float)
     weight_decay: float = setting("on all parameters; 5e-4 for sgd, 0.05 for adamw", float)
@@ -83,7 +83,7 @@ METHODS = {
                 ce_weight=0.1, kd_weight=0.9, gamma=None, teacher_fix="swap", omega=None, student_swap=True, detach=False),
 }
 SIZES = {
-    "glyphs": dict(teacher="resnet14", student="resnet8", epochs=16),
+    "glyphs": dict(teacher="resnet14", student="resnet8", epochs=8),
     "cifar10": dict(teacher="resnet56", student="resnet20", epochs=240),
     "cifar100": dict(teacher="resnet56", student="resnet20", epochs=240),
     "folder": dict(teacher="resnet20", student="resnet8", epochs=60),

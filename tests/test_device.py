@@ -17,6 +17,12 @@ B, C, S = 6, 10, 32
 @pytest.fixture
 def cuda():
     with FakeTensorMode(allow_non_fake_inputs=True):
+        try:
+            torch.zeros(3, device="cuda")[:, None]
+        except RuntimeError:                                   # 2.6 asks for a driver where a tensor is indexed
+            if tuple(map(int, torch.__version__.split(".")[:2])) < (2, 14):
+                pytest.skip(f"torch {torch.__version__} cannot index a fake CUDA tensor without a GPU's driver")
+            raise
         yield torch.device("cuda")
 
 

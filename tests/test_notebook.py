@@ -3,13 +3,17 @@ import os
 import shutil
 from base64 import b64decode
 from pathlib import Path
+from types import SimpleNamespace
 
+import matplotlib.pyplot as plt
 import nbformat
 import numpy as np
 import pytest
+import torch
 from nbclient import NotebookClient
 
 import data
+from swap import misclassified
 
 ROOT = Path(__file__).parent.parent
 NOTEBOOK = nbformat.read(ROOT / "analysis.ipynb", as_version=4)
@@ -22,7 +26,7 @@ def figures(cells):
 
 def test_it_is_saved_with_its_outputs():
     assert [cell.execution_count for cell in CODE] == list(range(1, len(CODE) + 1)), "run it from top to bottom, then save it"
-    assert len(figures(CODE)) >= 9
+    assert len(figures(CODE)) >= 8
     assert not [output for cell in CODE for output in cell.outputs if output.output_type == "error" or output.get("name") == "stderr"]
     text = (ROOT / "analysis.ipynb").read_text(encoding="utf-8")
     assert str(ROOT) not in text and str(Path.home()) + os.sep not in text
@@ -40,7 +44,7 @@ def small(tmp_path, monkeypatch):
     shutil.copytree(ROOT / "results", tmp_path / "results")
     for name, value in dict(ROTATION=0, JITTER=0.05, DISTRACTORS=0, ZOOM=(1.1, 1.2), CONTRAST=(1, 1), NOISE=(0, 0.02)).items():
         monkeypatch.setattr(data, name, value)
-    parts = [*data.render_glyphs(500, seed=1), *data.render_glyphs(200, seed=2)]
+    parts = [*data.render_glyphs(300, seed=1), *data.render_glyphs(150, seed=2)]
     (tmp_path / "data").mkdir()
     np.savez(tmp_path / f"data/glyphs-{data.GLYPHS_VERSION}.npz", **dict(zip(("train_x", "train_y", "test_x", "test_y"), map(np.asarray, parts))))
     return tmp_path
@@ -55,13 +59,32 @@ def test_it_runs_from_top_to_bottom(small, monkeypatch):
     assert any("the teacher errs on" in output.get("text", "") for cell in cells for output in cell.outputs)
 
 
+@pytest.mark.parametrize("teacher, what", [
+    (lambda y: 9 * torch.eye(47)[y], "no mistake"), (lambda y: torch.randn(len(y), 47) + torch.eye(47)[y], "mistake, the label"),
+    (lambda y: torch.eye(47)[torch.zeros_like(y)], "mistake, the label"), (lambda y: 9 * torch.eye(47)[(y + 1) % 47] + 4 * torch.eye(47)[y], "a clear mistake, the label second")],
+    ids=["good", "poor", "constant", "always second"])
+def test_the_examples_are_chosen_among_what_is_there(teacher, what, capsys):
+    labels, names = torch.arange(47).repeat(2), {}
+    first, = [k for k, cell in enumerate(CODE) if "def example_of" in cell.source]
+    exec(CODE[0].source.split("device =")[0], names)
+    plt.switch_backend("agg")
+    names |= dict(glyphs=SimpleNamespace(classes=data.GLYPHS), teacher_logits={"weak": teacher(labels)}, train_labels=labels, views={"weak": labels},
+                  show=lambda ax, image: None)
+    for cell in CODE[first:first + 2]:
+        exec(cell.source, names)
+        plt.close("all")
+    assert what in names["what"] and what in capsys.readouterr().out
+    assert bool(misclassified(names["row"], names["label"])) == ("no mistake" not in what)
+    assert data.GLYPHS[names["label"]] in names["names"] and len(set(names["names"])) == len(names["names"])
+
+
 def test_missing_logs_name_the_command_that_makes_them(small, monkeypatch):
-    shutil.rmtree(small / "results/glyphs-vit")
+    shutil.rmtree(small / "results/recipes-vit")
     cell, = [cell for cell in CODE if "MAKES" in cell.source]
     monkeypatch.chdir(small)
     monkeypatch.syspath_prepend(str(small))
     import eval as evaluation
     names = dict(evaluation=evaluation, Path=Path)
     exec(cell.source.split("fig, axes")[0], names)
-    with pytest.raises(SystemExit, match="python train.py --method sld --student vit_nano"):
-        names["read"](evaluation.read_rows, "results/glyphs-vit")
+    with pytest.raises(SystemExit, match="python results/run.py recipes-vit"):
+        names["read"](evaluation.read_rows, "results/recipes-vit")

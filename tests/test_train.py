@@ -26,8 +26,8 @@ def test_the_published_experiment_needs_no_further_flag():
 
 def test_the_default_is_sld_on_glyphs():
     s = resolve(Settings())
-    assert (s.method, s.dataset, s.teacher, s.student, s.epochs, s.gamma) == ("sld", "glyphs", "resnet14", "resnet8", 16, 10)
-    assert (s.image_size, s.evaluate, s.optimizer, s.schedule, s.warmup) == (data.GLYPHS_SIZE, "test", "sgd", "cosine", 1.6)
+    assert (s.method, s.dataset, s.teacher, s.student, s.epochs, s.gamma) == ("sld", "glyphs", "resnet14", "resnet8", 8, 5)
+    assert (s.image_size, s.evaluate, s.optimizer, s.schedule, s.warmup) == (data.GLYPHS_SIZE, "test", "sgd", "cosine", 0.8)
 
 
 def test_glyphs_has_tuned_rates_and_the_other_data_sets_the_published_ones():
@@ -275,7 +275,7 @@ def test_a_vit_as_student_and_as_teacher(easy_glyphs, teacher, student):
     assert first[-1]["test_top1"] > 50 and history[-1]["test_top1"] > 50      # chance is 33
 
 
-@pytest.mark.parametrize("change", [dict(views="strong"), dict(method="mlkd"), dict(student="resnet9"), dict(temperatures=()), dict(gamma=16), dict(evaluate="train")])
+@pytest.mark.parametrize("change", [dict(views="strong"), dict(method="mlkd"), dict(student="resnet9"), dict(temperatures=()), dict(gamma=8), dict(evaluate="train")])
 def test_a_notebooks_mistakes_raise_one_line(change):
     with pytest.raises(data.UserError, match=next(iter(change))):
         resolve(Settings(**change))
