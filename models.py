@@ -98,11 +98,11 @@ class Block(nn.Module):
 
 
 def patch_size(image_size):
-    """The largest patch that divides the image, at most 16 pixels and at most an eighth of the side:
-    4 for 32 pixels, 8 for 64, 16 for 224."""
+    """The largest patch that divides the image, at most 16 pixels and at most an eighth of the side or
+    4 pixels: 4 for 16 and 32 pixels, 8 for 64, 16 for 224."""
     if image_size % 8:
         raise ValueError(f"a ViT needs an image size that is a multiple of 8, not {image_size}")
-    return max(p for p in range(1, 17) if image_size % p == 0 and p <= image_size // 8)
+    return max(p for p in range(1, 17) if image_size % p == 0 and p <= max(4, image_size // 8))
 
 
 def conv_stem(dim, patch):

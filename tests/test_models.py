@@ -35,7 +35,7 @@ def test_a_resnet_takes_any_image_size(name, size):
 
 
 def test_the_vits_patches_follow_the_image_size():
-    assert [patch_size(s) for s in (8, 16, 32, 64, 96, 128, 224)] == [1, 2, 4, 8, 12, 16, 16]
+    assert [patch_size(s) for s in (8, 16, 32, 64, 96, 128, 224)] == [4, 4, 4, 8, 12, 16, 16]
     assert create_model("vit_nano", 5, 64)(torch.randn(2, 3, 64, 64)).shape == (2, 5)
     with pytest.raises(ValueError, match="multiple of 8, not 30"):
         create_model("vit_nano", 5, 30)

@@ -45,7 +45,7 @@ def test_every_command_runs(easy_glyphs, colors, color_teacher, command, tmp_pat
             for i in range(n):
                 Image.new("RGB", (32, 32), (k, 50, i)).save(tmp_path / f"cifar/{part}/{k:02d}/{i}.png")
     constant_teacher("resnet56", 100, "cifar100_resnet56.pth")
-    assert command(train, "--method", "ce", "--data-dir", easy_glyphs, "--student", "resnet14", "--epochs", 3, "--run-dir", "runs/teacher-glyphs-resnet14")[0] == 0
+    assert command(train, "--method", "ce", "--data-dir", easy_glyphs, "--student", "resnet14", "--epochs", 3, "--lr", 0.1, "--batch-size", 16, "--run-dir", "runs/teacher-glyphs-resnet14")[0] == 0
     shorter = {"glyphs": ["--data-dir", easy_glyphs, "--epochs", 2], "cifar100": ["--data-dir", "cifar", "--epochs", 1, "--teacher-checkpoint", "cifar100_resnet56.pth"],
                "folder": ["--epochs", 2, "--image-size", 16, "--teacher", "resnet8", "--teacher-checkpoint", color_teacher]}
     ran = 0
