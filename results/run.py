@@ -1,7 +1,7 @@
 """Make the runs behind the tables:  python results/run.py GROUP [--jobs 2]
 
-A run that is there is left alone, one that was cut off goes on. Each runs on one thread, so that its numbers
-do not depend on --jobs. Logs go to results/GROUP/<row>/seed<k>; weights stay beside them, out of git.
+A run that is there is left alone, one that was cut off goes on. Each runs on one thread, but for the rows that
+say otherwise, so that its numbers do not depend on --jobs. Logs go to results/GROUP/<row>/seed<k>; weights stay beside them, out of git.
 """
 import argparse
 import os
@@ -14,7 +14,7 @@ ROOT = Path(__file__).resolve().parent.parent
 TEACHER = "--teacher-checkpoint results/teachers/{}/seed0/last.pt"
 RECIPES = {"1-ce": "--method ce", "2-kd": f"--method kd {TEACHER}", "3-sld": f"--method sld {TEACHER}"}
 GRID = {"ce": (0.2, 0.4, 0.8, 1.6), "kd": (0.2, 0.4, 0.8, 1.6), "sld": (0.05, 0.1, 0.2, 0.4)}
-VIT_GRID = {"ce": (0.001, 0.002, 0.004, 0.008), "kd": (0.001, 0.002, 0.004, 0.008), "sld": (0.001, 0.002, 0.004, 0.008)}
+VIT_GRID = dict.fromkeys(("ce", "kd", "sld"), (0.0005, 0.001, 0.002))
 
 
 def recipes(teacher="glyphs", more=""):
@@ -29,22 +29,25 @@ def grid(lrs, more=""):
 # group: (its rows, each with flags of train.py; the seeds)
 GROUPS = {
     "teachers": ({"glyphs": "--method ce --student resnet14", "glyphs-val": "--method ce --student resnet14 --evaluate val"}, range(1)),
-    "teacher-seeds": ({"resnet14": "--method ce --student resnet14"}, range(3)),
+    "stability": ({f"{name}-{n}-thread": f"--method ce --student resnet14 {flag}" for name, flag in (("float32", "--no-amp"), ("bfloat16", "--amp"))
+                   for n in (1, 2)}, range(3)),
     "tuning": (grid(GRID), range(1)),
     "tuning-teacher": ({f"resnet14-lr{lr:g}": f"--method ce --student resnet14 --evaluate val --lr {lr:g}" for lr in (0.1, 0.2, 0.4, 0.8)}, range(1)),
     "tuning-vit": (grid(VIT_GRID, "--student vit_nano"), range(1)),
     "recipes": (recipes(), range(3)),
     "recipes-twice": (recipes(more="--epochs 16"), range(1)),
-    "recipes-vit": (recipes(more="--student vit_nano"), range(3)),
+    "recipes-vit": (recipes(more="--student vit_nano"), range(1)),
+    "vit-teacher": ({"1-vit_nano": "--method ce --student vit_nano"}, range(1)),
 }
 
 
 def make(folder, flags, seed):
+    threads = "2" if folder.endswith("2-thread") else "1"
     folder = f"{folder}/seed{seed}"
     start = ["--resume"] if (ROOT / folder / "config.json").exists() else [*flags.split(), "--seed", str(seed)]
     with open(ROOT / f"{folder}.out".replace("/", "-").replace("results-", "runs/"), "w") as out:
         done = subprocess.run([sys.executable, "train.py", *start, "--run-dir", folder], cwd=ROOT, stdout=out, stderr=subprocess.STDOUT,
-                              env=os.environ | dict(OMP_NUM_THREADS="1"))
+                              env=os.environ | dict(OMP_NUM_THREADS=threads))
     print(f"{folder}: {'done' if done.returncode == 0 else f'status {done.returncode}, see {out.name}'}", flush=True)
     return done.returncode
 
