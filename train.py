@@ -93,7 +93,7 @@ OPTIMIZERS = {
     "adamw": dict(schedule="cosine", weight_decay=0.05, lr=1e-3),
 }
 TUNED = {                                                      # for glyphs, on its validation part: results/tuning
-    "sgd": dict(lr=dict(ce=0.4, kd=0.4, sld=0.1), schedule="cosine", warmup=None),
+    "sgd": dict(lr=dict(ce=0.4, kd=0.8, sld=0.2), schedule="cosine", warmup=None),
     "adamw": dict(lr=dict(ce=1e-3, kd=1e-3, sld=1e-3), epochs=16),
 }
 COMMON = dict(method="sld", dataset="glyphs", data_dir="data", batch_size=64, seed=0, evaluate="test", device="auto", compile=False, resume=False)
