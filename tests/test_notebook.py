@@ -79,12 +79,12 @@ def test_the_examples_are_chosen_among_what_is_there(teacher, what, capsys):
 
 
 def test_missing_logs_name_the_command_that_makes_them(small, monkeypatch):
-    shutil.rmtree(small / "results/recipes-vit")
+    shutil.rmtree(small / "results/recipes")
     cell, = [cell for cell in CODE if "MAKES" in cell.source]
     monkeypatch.chdir(small)
     monkeypatch.syspath_prepend(str(small))
     import eval as evaluation
     names = dict(evaluation=evaluation, Path=Path)
     exec(cell.source.split("fig, axes")[0], names)
-    with pytest.raises(SystemExit, match="python results/run.py recipes-vit"):
-        names["read"](evaluation.read_rows, "results/recipes-vit")
+    with pytest.raises(SystemExit, match="python results/run.py recipes"):
+        names["read"](evaluation.read_rows, "results/recipes")
