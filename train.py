@@ -5,6 +5,7 @@ A run writes runs/<name>/{config.json, env.json, metrics.jsonl, last.pt, best.pt
 From a notebook:  history = train.run(train.Settings(method="kd", epochs=2)).
 """
 import argparse
+import contextlib
 import dataclasses
 import hashlib
 import io
@@ -20,6 +21,7 @@ import time
 import zlib
 from pathlib import Path
 
+import filelock
 import torch
 import torchvision
 from tqdm import tqdm
@@ -258,23 +260,15 @@ def write_checkpoint(path, value):
 
 
 def lock(folder):
-    """An open file that keeps other processes out of `folder` until it is closed, or this process ends in whatever way.
+    """A context that keeps other processes out of `folder`, and lets go when this process ends in whatever way.
     Raises UserError where another one is in. A file system that knows no locks keeps nobody out."""
     folder.mkdir(parents=True, exist_ok=True)
-    file = open(folder / "lock", "a")
     try:
-        if os.name == "nt":
-            import msvcrt
-            msvcrt.locking(file.fileno(), msvcrt.LK_NBLCK, 1)
-        else:
-            import fcntl
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except (BlockingIOError, PermissionError):
-        file.close()
+        return filelock.FileLock(folder / "lock").acquire(blocking=False)
+    except filelock.Timeout:
         raise UserError(f"{folder}: another process is training there; wait until it is done, or give another --run-dir")
-    except OSError:
-        pass
-    return file
+    except (OSError, NotImplementedError):
+        return contextlib.nullcontext()
 
 
 def write_metrics(folder, history):
