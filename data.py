@@ -20,6 +20,7 @@ import torch
 import torch.nn.functional as F
 from PIL import Image, ImageDraw, ImageFont, ImageOps
 from torchvision import datasets
+from torchvision.transforms import v2
 
 
 class UserError(ValueError):
@@ -101,15 +102,7 @@ def autocontrast(images, _):
 
 
 def equalize(images, _):
-    flat = images.flatten(2).long()
-    histogram = torch.zeros(*flat.shape[:2], 256, dtype=torch.long, device=images.device)
-    histogram.scatter_add_(2, flat, torch.ones_like(flat))                               # (B, 3, 256)
-    last = histogram.gather(2, flat.amax(2, keepdim=True))       # how many pixels have the top level
-    step = (flat.shape[2] - last) // 255                                                 # (B, 3, 1)
-    before = histogram.cumsum(2) - histogram
-    table = ((step // 2 + before) // step.clamp(min=1)).clamp(max=255)
-    level = torch.arange(256, device=images.device)
-    return _lookup(images, torch.where(step > 0, table, level).byte())
+    return v2.functional.equalize(images)                      # the one operation that torchvision has bit-equal to Pillow
 
 
 def _grey(images):
