@@ -1,6 +1,6 @@
 """Train a student:  python train.py --method sld   (or kd, or ce, which has no teacher).
 
-Every setting is a flag; what is left out takes the published recipe of the method and the data set.
+Every setting is a flag; what is left out takes the recipe of the method and the data set: published, or tuned for glyphs.
 A run writes runs/<name>/{config.json, env.json, metrics.jsonl, last.pt, best.pt}.
 From a notebook:  history = train.run(train.Settings(method="kd", epochs=2)).
 """
