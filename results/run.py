@@ -1,4 +1,4 @@
-"""Make the runs behind the tables:  python results/run.py GROUP [--jobs 2]
+"""Make the runs behind the tables:  python results/run.py GROUP [--jobs 2] [--rows ROW …]
 
 A run that is there is left alone, one that was cut off goes on. Each runs on one thread, but for the rows that
 say otherwise, so that its numbers do not depend on --jobs. Logs go to results/GROUP/<row>/seed<k>; weights stay beside them, out of git.
@@ -56,8 +56,13 @@ def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("group", choices=GROUPS)
     parser.add_argument("--jobs", type=int, default=2, help="runs at a time; default 2")
+    parser.add_argument("--rows", nargs="+", metavar="ROW", help="only these; default all of the group")
     args = parser.parse_args()
     rows, seeds = GROUPS[args.group]
+    unknown = set(args.rows or ()) - set(rows)
+    if unknown:
+        parser.error(f"--rows {unknown.pop()}: no row of {args.group}; choose among {', '.join(rows)}")
+    rows = {row: flags for row, flags in rows.items() if row in (args.rows or rows)}
     (ROOT / "runs").mkdir(exist_ok=True)
     with ThreadPoolExecutor(args.jobs) as pool:
         runs = [pool.submit(make, f"results/{args.group}/{row}", flags, seed) for seed in seeds for row, flags in rows.items()]
