@@ -271,7 +271,7 @@ class TwoPasses(torch.nn.Module):
 
 
 TRICKS = {                                                     # what: (how to take it away, why the result stays)
-    "mixed precision": (dict(amp=False), "loss, sums and weights stay in float32; three seeds end within one sd (results/precision)"),
+    "mixed precision": (dict(amp=False), "loss, sums and weights stay in float32; its losses follow those of float32 (test_mixed_precision_follows_float32)"),
     "channels_last": (dict(channels_last=False), "a memory layout; the numbers are the same"),
     "one teacher pass for both views": (dict(teacher=TwoPasses), "in eval mode no row of a batch touches another"),
     "all temperatures in one computation, (S4) in closed form": (dict(objective=plain_objective), "the same sum; the golden vectors hold for both"),

@@ -72,6 +72,23 @@ def test_the_tables_are_what_the_logs_give(what):
     assert in_readme == evaluation.table(ROOT / folder, *against)
 
 
+def test_what_the_text_says_of_the_recipes_is_what_their_logs_show():
+    rows = evaluation.read_rows(ROOT / "results/recipes")
+    twice = {name: evaluation.last_top1(row)[0] for name, row in evaluation.read_rows(ROOT / "results/recipes-twice").items()}
+    assert "three seeds show no difference between KD and SLD, and each is at most a point above a student alone" in README
+    mean, low, high = evaluation.difference(rows["3-sld"], rows["2-kd"])
+    assert low < 0 < high and all(0 < evaluation.difference(rows[name], rows["1-ce"])[0] < 1 for name in ("2-kd", "3-sld"))
+    assert "After twice the epochs the student alone is ahead of both" in README and max(twice, key=twice.get) == "1-ce"
+    assert all(twice[name] - evaluation.last_top1(rows[name])[0] < 3 for name in rows)      # "No row gains three points"
+
+
+def test_the_teachers_errors_are_those_of_the_notebook():
+    said = re.search(r"it errs on .*?strong views \(.*?\)", PAGES, re.S).group()
+    cells = json.loads((ROOT / "analysis.ipynb").read_text(encoding="utf-8"))["cells"]
+    shown = "".join(text for cell in cells for output in cell.get("outputs", []) for text in output.get("text", []) if "the teacher errs on" in text)
+    assert re.findall(r"\d+\.\d", said) == re.findall(r"\d+\.\d", shown) and len(shown.splitlines()) == 3
+
+
 def test_the_rates_are_the_best_of_their_grids_and_inside_them():
     """On validation images: mean of the last epoch over the seeds, for each method and for the teacher."""
     best = {}

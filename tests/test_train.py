@@ -326,7 +326,7 @@ def test_a_full_gpu_names_the_batch_size_and_a_smaller_one(short, monkeypatch):
 
 
 def test_mixed_precision_follows_float32(short):
-    """Loss by loss over three seeds; the accuracies on the full glyphs stand in results/precision."""
+    """Loss by loss over three seeds."""
     for seed in range(3):
         mixed, exact = (run(short(run_dir=f"{amp}{seed}", seed=seed, amp=amp, lr=1e-3, epochs=3)) for amp in (True, False))
         assert mixed != exact
