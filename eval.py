@@ -115,9 +115,14 @@ def inheritance(student_logits, teacher_logits, labels):
 
 # --- The results table ----------------------------------------------------------------------------
 
+def part_of(config):
+    """What a run was measured on: "test" or "val". Runs from before there was a choice do not say it."""
+    return config.get("evaluate") or "test"
+
+
 def top1_of(config):
-    """The metric of a run: "test_top1", or "val_top1" where validation images were measured on."""
-    return config.get("evaluate", "test") + "_top1"
+    """The metric of a run: "test_top1" or "val_top1"."""
+    return part_of(config) + "_top1"
 
 
 def read_run(folder):
@@ -133,7 +138,7 @@ def read_run(folder):
 
 
 PER_SEED = {"seed", "run_dir", "resume", "data_dir", "device", "amp", "compile", "teacher_checkpoint"}   # may differ within a row
-ALIKE = ("dataset", "evaluate", "student", "teacher", "epochs")            # of every run in a table; ce has no teacher
+ALIKE = ("dataset", "student", "teacher", "epochs")            # of every run in a table; ce has no teacher
 # 97.5 % quantiles of Student's t for 1 to 30 degrees of freedom; the last serves beyond.
 T_975 = (12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262, 2.228, 2.201, 2.179, 2.160, 2.145, 2.131,
          2.120, 2.110, 2.101, 2.093, 2.086, 2.080, 2.074, 2.069, 2.064, 2.060, 2.056, 2.052, 2.048, 2.045, 2.042)
@@ -147,7 +152,7 @@ def read_rows(folder):
         (config, epochs), row = read_run(path.parent), rows.setdefault(path.parent.parent.name, {})
         environment = path.parent / "env.json"
         digest = json.loads(environment.read_text()).get("teacher_digest") if environment.exists() else None
-        about = {k: config.get(k) for k in ALIKE} | {"epochs": len(epochs), "teacher's digest": digest}
+        about = {k: config.get(k) for k in ALIKE} | {"evaluate": part_of(config), "epochs": len(epochs), "teacher's digest": digest}
         for key, value in about.items():
             if value is not None:
                 alike.setdefault(key, {}).setdefault(value, []).append(str(path.parent))
@@ -195,7 +200,7 @@ def table(folder, against=None):
     rows = read_rows(folder)
     if against is not None and against not in rows:
         raise UserError(f"--against {against}: no such row in {folder}; choose one of {', '.join(rows)}")
-    part = next(iter(next(iter(rows.values())).values()))[0].get("evaluate", "test")
+    part = part_of(next(iter(next(iter(rows.values())).values()))[0])
     lines = [f"| run | student | epochs | n seeds | last epoch, {part} top-1 % (mean ± sd) | best epoch (mean; selected on {part}) | "
              f"difference to {against or 'the row above'} (95 % interval) | verdict |", "|---" * 8 + "|"]
     above = None

@@ -429,7 +429,7 @@ def open_run(s):
     folder = Path(s.run_dir)
     try:
         saved = json.loads((folder / "config.json").read_text())
-        saved = Settings(**saved | dict(temperatures=saved["temperatures"] and tuple(saved["temperatures"])))
+        saved = Settings(**dict(evaluate="test") | saved | dict(temperatures=saved["temperatures"] and tuple(saved["temperatures"])))
     except (OSError, ValueError, TypeError, KeyError):
         raise UserError(f"--resume: {folder} holds no run to go on with (no readable config.json)")
     given = {k: v for k, v in dataclasses.asdict(s).items() if v is not None}

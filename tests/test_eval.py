@@ -57,7 +57,7 @@ def test_a_foreign_checkpoint_is_measured_like_our_own(colors, color_teacher, tm
 def write_run(folder, accuracies, **config):
     folder.mkdir(parents=True)
     (folder / "config.json").write_text(json.dumps(dict(student="resnet8") | config))
-    (folder / "metrics.jsonl").write_text("".join(json.dumps(dict(epoch=i, test_top1=a)) + "\n" for i, a in enumerate(accuracies, 1)))
+    (folder / "metrics.jsonl").write_text("".join(json.dumps({"epoch": i, config.get("evaluate", "test") + "_top1": a}) + "\n" for i, a in enumerate(accuracies, 1)))
 
 
 def cells(out):
@@ -110,10 +110,10 @@ def test_a_pickle_that_would_run_code_is_refused(tmp_path):
 @pytest.mark.parametrize("change, culprit", [
     (dict(lr=0.025), "2-kd mixes runs of different settings"), (dict(seed=0), "second run of seed 0"), (dict(dataset="cifar10"), "different dataset"),
     (dict(student="resnet20"), "different student"), (dict(teacher="resnet56"), "different teacher"), (dict(digest="b"), "different teacher's digest"),
-    (dict(accuracies=[50, 55, 60]), "different epochs")], ids=lambda value: str(value))
+    (dict(accuracies=[50, 55, 60]), "different epochs"), (dict(evaluate="val"), "different evaluate")], ids=lambda value: str(value))
 def test_the_table_refuses_to_mix_experiments(tmp_path, command, change, culprit):
     for row, seed in (("1-kd", 0), ("1-kd", 1), ("2-kd", 0), ("2-kd", 1)):
-        odd = change if (row, seed) == ("2-kd", 1) else {}
+        odd = change if row == "2-kd" and (seed == 1 or "evaluate" in change) else {}
         config = dict(lr=0.05, seed=seed, dataset="glyphs", teacher="resnet20") | odd
         accuracies, digest = config.pop("accuracies", [50, 70]), config.pop("digest", "a")
         write_run(tmp_path / row / f"seed{seed}", accuracies, **config)

@@ -251,6 +251,14 @@ def test_the_teacher_is_trained_first_and_then_cached(colors, command, monkeypat
     assert teacher.startswith(f"teacher-{colors.name}-16px-") and teacher.endswith("-resnet8")
 
 
+def test_a_run_from_before_there_was_a_validation_part_goes_on(short):
+    history = run(short(run_dir="run", epochs=2))
+    config = json.load(open("run/config.json"))
+    del config["evaluate"]
+    json.dump(config, open("run/config.json", "w"))
+    assert run(Settings(resume=True, run_dir="run")) == history
+
+
 def test_seeds_differ_and_repeat(short):
     a, b, c = (run(short(method="ce", run_dir=name, seed=seed, epochs=1))[0]["loss"] for name, seed in (("a", 1), ("b", 1), ("c", 2)))
     assert a == b != c
