@@ -229,13 +229,9 @@ def mixed_precision(device, on):
 
 
 def make_optimizer(s, student):
-    fused = next(student.parameters()).device.type != "mps"    # one kernel for all parameters, and no wait for float16's check
     if s.optimizer == "sgd":
-        optimizer = torch.optim.SGD(student.parameters(), s.lr, momentum=0.9, weight_decay=s.weight_decay, fused=fused)
-        for p in student.parameters():                         # left to itself, fused SGD starts from uninitialised memory
-            optimizer.state[p]["momentum_buffer"] = torch.zeros_like(p)         # where GradScaler skips the first step
-        return optimizer
-    return torch.optim.AdamW(student.parameters(), s.lr, weight_decay=s.weight_decay, fused=fused)
+        return torch.optim.SGD(student.parameters(), s.lr, momentum=0.9, weight_decay=s.weight_decay)
+    return torch.optim.AdamW(student.parameters(), s.lr, weight_decay=s.weight_decay)
 
 
 def compiled(student, device):
