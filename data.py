@@ -5,7 +5,6 @@ CPU generator that is a function of (seed, epoch), so the views are the same on 
 needs a worker process, and a resumed run needs no random state.
 """
 import dataclasses
-import io
 import math
 import os
 import urllib.error
@@ -25,19 +24,6 @@ from torchvision.transforms import v2
 
 class UserError(ValueError):
     """Something the user can mend: one line that names the flag or file and says what to do."""
-
-
-def write_atomically(path, content):
-    """Write the bytes to a temporary file and rename it: a reader, or a crash, finds the old file or the new one."""
-    temporary = path.with_name(f"{path.name}.{os.getpid()}.tmp")
-    try:
-        with open(temporary, "wb") as file:
-            file.write(content)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
 
 
 @dataclasses.dataclass
@@ -410,9 +396,9 @@ def _load_glyphs(root, train):
         arrays = [*render_glyphs(GLYPHS_TRAIN, seed=1), *render_glyphs(GLYPHS_TEST, seed=2)]
         root.mkdir(parents=True, exist_ok=True)
         named = dict(zip(("train_x", "train_y", "test_x", "test_y"), map(torch.Tensor.numpy, arrays)))
-        buffer = io.BytesIO()
-        np.savez(buffer, **named)
-        write_atomically(path, buffer.getvalue())
+        temporary = path.with_name(f"{path.name}.{os.getpid()}.tmp.npz")
+        np.savez(temporary, **named)
+        os.replace(temporary, path)
     mean, std = _statistics(arrays[0])
     # A mirrored character is another character, or none.
     return Dataset(tuple(arrays[:2]) if train else None, tuple(arrays[2:]), GLYPHS, mean, std, flip=False)

@@ -1,4 +1,4 @@
-"""Measure a classifier:  python eval.py CHECKPOINT   |   make a results table:  python eval.py --table DIR
+"""Measure a classifier:  python eval.py CHECKPOINT;  make a table:  python eval.py --table DIR
 
 A checkpoint of train.py needs no other flag. A foreign one needs --model, --dataset and --data-dir.
 Everything is measured in float32 on the test part, so the numbers are those of a CPU run's log.
@@ -16,26 +16,32 @@ from data import DATASETS, UserError, load, normalize
 from models import MODELS, create_model
 
 
-def load_model(path, name=None):
-    """(network in eval mode, checkpoint dict) from a file of train.py, or from a foreign state dict:
+def load_model(path, name=None, data=None):
+    """(network in eval mode, checkpoint dict) from a file of train.py, or a foreign state dict:
     bare, or under "model" or "state_dict", with or without "module." before each name.
 
-    name: the architecture; needed for a foreign file. Only tensors and plain types are unpickled.
-    Raises UserError for a file that is missing, damaged, no checkpoint, or of another network.
+    name: the architecture; needed for a foreign file. data: a Dataset that the network has to fit:
+    its classes, and for a ViT its image size. Only tensors and plain types are unpickled. Raises
+    UserError for a file that is missing, damaged, no checkpoint, or of another network or data.
     """
     path = Path(path)
     if not path.is_file():
         raise UserError(f"{path}: no such checkpoint")
     try:
-        with warnings.catch_warnings(action="ignore"):         # of another pickle protocol: it loads, or is refused below
+        # The warning is of another pickle protocol: the file loads, or is refused below.
+        with warnings.catch_warnings(action="ignore"):
             checkpoint = torch.load(path, map_location="cpu", weights_only=True)
     except pickle.UnpicklingError:
-        raise UserError(f"{path}: not a PyTorch checkpoint of tensors and plain types; it was not loaded")
-    except Exception:                                          # a damaged file can raise nearly anything
-        raise UserError(f"{path}: not a PyTorch checkpoint, or damaged (empty, cut off, or another file type)")
+        raise UserError(f"{path}: not a PyTorch checkpoint of tensors and plain types; it was not "
+                        "loaded")
+    except Exception:
+        # A damaged file can raise nearly anything.
+        raise UserError(f"{path}: not a PyTorch checkpoint, or damaged (empty, cut off, or another "
+                        "file type)")
     if not isinstance(checkpoint, dict):
         raise UserError(f"{path}: holds a {type(checkpoint).__name__}, not a state dict")
-    state = next((checkpoint[k] for k in ("model", "state_dict") if isinstance(checkpoint.get(k), dict)), checkpoint)
+    inner = [checkpoint[k] for k in ("model", "state_dict") if isinstance(checkpoint.get(k), dict)]
+    state = inner[0] if inner else checkpoint
     state = {str(key).removeprefix("module."): value for key, value in state.items()}
 
     ours = checkpoint.get("architecture")
@@ -46,7 +52,8 @@ def load_model(path, name=None):
         raise UserError(f"{path}: does not say which network it is; name it with --model")
     head = state.get("fc.weight", state.get("head.weight"))
     if not isinstance(head, torch.Tensor) or head.ndim != 2:
-        raise UserError(f"{path}: no classifier weights (fc.weight or head.weight), so not a {name} of this project")
+        raise UserError(f"{path}: no classifier weights (fc.weight or head.weight), so not a "
+                        f"{name} of this project")
     if len(head) < 2:
         raise UserError(f"{path}: has a single class; a classifier needs at least 2")
     try:
@@ -54,13 +61,25 @@ def load_model(path, name=None):
     except (ValueError, TypeError) as error:
         raise UserError(f"{path}: {error}")
     expected = model.state_dict()
-    wrong = sorted(expected.keys() ^ state.keys()) or [k for k in expected if expected[k].shape != getattr(state[k], "shape", None)]
+    wrong = sorted(expected.keys() ^ state.keys())
+    wrong = wrong or [k for k in expected if expected[k].shape != getattr(state[k], "shape", None)]
     if wrong:
         raise UserError(f"{path}: does not fit a {name}; first mismatches: {', '.join(wrong[:3])}")
     broken = [k for k in expected if not state[k].isfinite().all()]
     if broken:
-        raise UserError(f"{path}: {broken[0]} holds NaN or infinity; train it again, or give another file")
+        raise UserError(f"{path}: {broken[0]} holds NaN or infinity; train it again, or give "
+                        "another file")
     model.load_state_dict(state)
+    if data is not None:
+        made_for, side = checkpoint.get("image_size", 32), data.test[0].shape[-1]
+        if len(head) != len(data.classes):
+            raise UserError(f"{path}: has {len(head)} classes, the data has {len(data.classes)}")
+        if checkpoint.get("classes", data.classes) != data.classes:
+            raise UserError(f"{path}: was trained on other classes than the data's "
+                            f"{data.classes[:3]}…")
+        if hasattr(model, "pos_embed") and side != made_for:
+            raise UserError(f"{path}: a ViT for {made_for} px, the images have {side}; give "
+                            "another checkpoint or --image-size")
     return model.eval(), checkpoint
 
 
@@ -69,26 +88,29 @@ def predict(model, images, mean, std, batch_size=250):
     """Logits (N, C), float32, of uint8 images (N, 3, S, S). Leaves the network in eval mode."""
     model.eval()
     device = next(model.parameters()).device
-    logits = [model(normalize(part.to(device), mean, std).contiguous(memory_format=torch.channels_last)).float()
-              for part in images.split(batch_size)]
+    parts = (normalize(part.to(device), mean, std) for part in images.split(batch_size))
+    logits = [model(x.contiguous(memory_format=torch.channels_last)).float() for x in parts]
     return torch.cat(logits).to(images.device)
 
 
 def calibration(logits, labels, bins=15):
-    """(count, confidence, right), each (bins,) in float64: of the rows in each of `bins` equal bins of confidence, how many,
-    the sum of their confidences, and how many are right (Guo et al., ICML 2017). logits: (N, C); labels: (N,)."""
+    """(count, confidence, right), each (bins,) in float64: of the rows in each of `bins` equal bins
+    of confidence, how many, the sum of their confidences, and how many are right (Guo et al.,
+    ICML 2017). logits: (N, C); labels: (N,)."""
     confidence, right = F.softmax(logits, 1).amax(1), logits.argmax(1) == labels
     bin_of = (confidence * bins).ceil().long().sub(1).clamp(0, bins - 1)
-    return tuple(torch.zeros(bins, dtype=torch.float64, device=logits.device).index_add_(0, bin_of, values.double())
+    empty = torch.zeros(bins, dtype=torch.float64, device=logits.device)
+    return tuple(empty.index_add(0, bin_of, values.double())
                  for values in (torch.ones_like(confidence), confidence, right))
 
 
 def measure(logits, labels):
     """{"top1", "top5", "nll", "ece", "n"}: percentages in percent, NLL in nats.
 
-    top5: within the first min(5, C). ece: expected calibration error, over `calibration`'s 15 bins. logits: (N, C); labels: (N,).
+    top5: within the first min(5, C). ece: expected calibration error, over `calibration`'s 15 bins.
+    logits: (N, C); labels: (N,).
     """
-    top = logits.topk(min(5, logits.shape[1])).indices                                   # (N, <=5)
+    top = logits.topk(min(5, logits.shape[1])).indices              # (N, <=5)
     right = top == labels[:, None]
     _, confidence, hits = calibration(logits, labels)
     return {
@@ -116,7 +138,7 @@ def inheritance(student_logits, teacher_logits, labels):
 # --- The results table ----------------------------------------------------------------------------
 
 def part_of(config):
-    """What a run was measured on: "test" or "val". Runs from before there was a choice do not say it."""
+    """What a run was measured on: "test" or "val"; old runs, which had no choice, do not say it."""
     return config.get("evaluate") or "test"
 
 
@@ -126,7 +148,7 @@ def top1_of(config):
 
 
 def read_run(folder):
-    """(config, list of epoch rows) of a run folder. Raises UserError where either is missing or damaged."""
+    """(config, list of epoch rows) of a run folder. Raises UserError where one is damaged."""
     try:
         config = json.loads((folder / "config.json").read_text())
         rows = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
@@ -137,38 +159,49 @@ def read_run(folder):
     return config, rows
 
 
-PER_SEED = {"seed", "run_dir", "resume", "data_dir", "device", "amp", "compile", "teacher_checkpoint"}   # may differ within a row
-ALIKE = ("dataset", "student", "teacher", "epochs")            # of every run in a table; ce has no teacher
+# Settings that may change when a run is resumed, and that older runs had.
+FREE = ("data_dir", "device", "teacher_checkpoint")
+GONE = ("run_dir", "resume", "compile")
+# What may differ within a row of a table.
+PER_SEED = {"seed", "amp", *FREE, *GONE}
+# What every run in a table must share; ce has no teacher.
+ALIKE = ("dataset", "student", "teacher", "epochs")
 # 97.5 % quantiles of Student's t for 1 to 30 degrees of freedom; the last serves beyond.
-T_975 = (12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262, 2.228, 2.201, 2.179, 2.160, 2.145, 2.131,
-         2.120, 2.110, 2.101, 2.093, 2.086, 2.080, 2.074, 2.069, 2.064, 2.060, 2.056, 2.052, 2.048, 2.045, 2.042)
+T_975 = (12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262, 2.228, 2.201, 2.179, 2.160,
+         2.145, 2.131, 2.120, 2.110, 2.101, 2.093, 2.086, 2.080, 2.074, 2.069, 2.064, 2.060, 2.056,
+         2.052, 2.048, 2.045, 2.042)
 
 
 def read_rows(folder):
-    """{row: {seed: (config, epochs)}} of the runs folder/<row>/<seed folder>, rows in alphabetical order. Raises
-    UserError where a row would mix experiments, or the rows differ in length, data, student or teacher."""
+    """{row: {seed: (config, epochs)}} of the runs folder/<row>/<seed folder>, rows in alphabetical
+    order. Raises UserError where a row would mix experiments, or the rows differ in length, data,
+    student or teacher."""
     rows, alike = {}, {}
     for path in sorted(Path(folder).rglob("metrics.jsonl")):
-        (config, epochs), row = read_run(path.parent), rows.setdefault(path.parent.parent.name, {})
-        environment = path.parent / "env.json"
-        digest = json.loads(environment.read_text()).get("teacher_digest") if environment.exists() else None
-        about = {k: config.get(k) for k in ALIKE} | {"evaluate": part_of(config), "epochs": len(epochs), "teacher's digest": digest}
+        run = path.parent
+        (config, epochs), row = read_run(run), rows.setdefault(run.parent.name, {})
+        env = json.loads((run / "env.json").read_text()) if (run / "env.json").exists() else {}
+        about = {k: config.get(k) for k in ALIKE} | {
+            "evaluate": part_of(config), "epochs": len(epochs),
+            "teacher's digest": env.get("teacher_digest")}
         for key, value in about.items():
             if value is not None:
-                alike.setdefault(key, {}).setdefault(value, []).append(str(path.parent))
-        settings = {k: v for k, v in config.items() if k not in PER_SEED}
+                alike.setdefault(key, {}).setdefault(value, []).append(str(run))
         if config.get("seed") in row:
-            raise UserError(f"--table: {path.parent} is a second run of seed {config.get('seed')}; keep one")
-        if any({k: v for k, v in other.items() if k not in PER_SEED} != settings for other, _ in row.values()):
-            raise UserError(f"--table: {path.parent.parent} mixes runs of different settings; keep the seeds of one experiment in a folder")
+            raise UserError(f"--table: {run} is a second run of seed {config['seed']}; keep one")
+        for other, _ in row.values():
+            if any(config.get(k) != other.get(k) for k in {*config, *other} - PER_SEED):
+                raise UserError(f"--table: {run.parent} mixes runs of different settings; keep the "
+                                "seeds of one experiment in a folder")
         row[config.get("seed")] = config, epochs
     if not rows:
-        raise UserError(f"--table {folder}: no metrics.jsonl below it; a run of train.py writes one")
+        raise UserError(f"--table {folder}: no metrics.jsonl below it; train.py writes them")
     for key, having in alike.items():
-        if len(having) > 1:
-            _, *odd = sorted(having, key=lambda value: -len(having[value]))
+        _, *odd = sorted(having, key=lambda value: -len(having[value]))
+        if odd:
+            paths = ", ".join(f"{path} ({value})" for value in odd for path in having[value])
             raise UserError(f"--table {folder}: mixes runs of different {key}; the odd ones: "
-                            + ", ".join(f"{path} ({value})" for value in odd for path in having[value]))
+                            f"{paths}")
     return rows
 
 
@@ -178,8 +211,8 @@ def last_top1(row):
 
 
 def interval(numbers):
-    """(mean, low, high) of a list, with the 95 % interval of Student's t. low and high are None for fewer than two numbers,
-    mean too for none."""
+    """(mean, low, high) of a list, with the 95 % interval of Student's t. low and high are None for
+    fewer than two numbers, mean too for none."""
     d = torch.tensor(numbers, dtype=torch.float64)
     if len(d) < 2:
         return (d.mean().item() if len(d) else None), None, None
@@ -188,27 +221,32 @@ def interval(numbers):
 
 
 def difference(row, other):
-    """The `interval` of last-epoch top-1 of `row` minus that of `other`, seed by seed: a seed fixes initial weights, order
-    and views."""
+    """The `interval` of last-epoch top-1 of `row` minus that of `other`, seed by seed: a seed fixes
+    initial weights, order and views."""
     a, b = last_top1(row), last_top1(other)
     return interval([a[seed] - b[seed] for seed in sorted(a.keys() & b.keys())])
 
 
 def table(folder, against=None):
-    """Markdown table of the runs below `folder`, each row compared with the one above, or with the row `against`.
-    Raises UserError where `read_rows` does, or for an unknown row."""
+    """Markdown table of the runs below `folder`, each row compared with the one above, or with
+    the row `against`. Raises UserError where `read_rows` does, or for an unknown row."""
     rows = read_rows(folder)
     if against is not None and against not in rows:
-        raise UserError(f"--against {against}: no such row in {folder}; choose one of {', '.join(rows)}")
-    part = part_of(next(iter(next(iter(rows.values())).values()))[0])
-    lines = [f"| run | student | epochs | n seeds | last epoch, {part} top-1 % (mean ± sd) | best epoch (mean; selected on {part}) | "
-             f"difference to {against or 'the row above'} (95 % interval) | verdict |", "|---" * 8 + "|"]
+        raise UserError(f"--against {against}: no such row in {folder}; choose among "
+                        f"{', '.join(rows)}")
+    config, _ = next(iter(next(iter(rows.values())).values()))
+    part, key = part_of(config), top1_of(config)
+    lines = [f"| run | student | epochs | n seeds | last epoch, {part} top-1 % (mean ± sd) | "
+             f"best epoch (mean; selected on {part}) | difference to {against or 'the row above'} "
+             "(95 % interval) | verdict |", "|---" * 8 + "|"]
     above = None
     for name, row in rows.items():
-        last = torch.tensor(list(last_top1(row).values()), dtype=torch.float64)
-        best = torch.tensor([max(epoch[top1_of(config)] for epoch in epochs) for config, epochs in row.values()], dtype=torch.float64)
         config, epochs = next(iter(row.values()))
-        cells = [name, config["student"], str(len(epochs)), str(len(row)), f"{last.mean():.2f}" + (f" ± {last.std():.2f}" if len(row) > 1 else ""), f"{best.mean():.2f}"]
+        last = torch.tensor(list(last_top1(row).values()), dtype=torch.float64)
+        best = [max(epoch[key] for epoch in epochs) for _, epochs in row.values()]
+        spread = f" ± {last.std():.2f}" if len(row) > 1 else ""
+        cells = [name, config["student"], str(len(epochs)), str(len(row)),
+                 f"{last.mean():.2f}{spread}", f"{sum(best) / len(best):.2f}"]
         other = above if against is None else against if name != against else None
         mean, low, high = difference(row, rows[other]) if other else (None, None, None)
         if mean is None:
@@ -216,24 +254,49 @@ def table(folder, against=None):
         elif low is None:
             cells += [f"{mean:+.2f}", "one seed: not known"]
         else:
-            cells += [f"{mean:+.2f} ({low:+.2f} to {high:+.2f})", "better" if low > 0 else "worse" if high < 0 else "no difference shown"]
+            verdict = "better" if low > 0 else "worse" if high < 0 else "no difference shown"
+            cells += [f"{mean:+.2f} ({low:+.2f} to {high:+.2f})", verdict]
         lines.append("| " + " | ".join(cells) + " |")
         above = name
     return "\n".join(lines)
 
 
+def evaluate(args):
+    """{metric: value} of the checkpoint, and of how it stands to a teacher, where one is given."""
+    # Read twice, since the file says which data it has to fit.
+    _, checkpoint = load_model(args.checkpoint, args.model)
+    dataset = args.dataset or checkpoint.get("dataset")
+    if dataset is None:
+        raise UserError(f"{args.checkpoint}: does not say which data it was trained on; give "
+                        "--dataset and --data-dir")
+    statistics = (checkpoint["mean"], checkpoint["std"]) if "mean" in checkpoint else None
+    data = load(dataset, args.data_dir or checkpoint.get("data_dir", "data"),
+                checkpoint.get("image_size"), train=False, statistics=statistics)
+    images, labels = data.test
+    model, _ = load_model(args.checkpoint, args.model, data)
+    logits = predict(model, images, data.mean, data.std)
+    report = measure(logits, labels)
+    if args.teacher_checkpoint:
+        teacher, _ = load_model(args.teacher_checkpoint, args.teacher, data)
+        report |= inheritance(logits, predict(teacher, images, data.mean, data.std), labels)
+    return report
+
+
 def main():
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(description=__doc__,
+                                     formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.error = lambda message: parser.exit(2, f"eval.py: {message}; see --help\n")
-    parser.add_argument("checkpoint", nargs="?", help="last.pt or best.pt of a run, or a foreign state dict")
-    parser.add_argument("--model", choices=MODELS, metavar="NAME", help=f"architecture of a foreign checkpoint: {', '.join(MODELS)}")
-    parser.add_argument("--dataset", choices=DATASETS)
-    parser.add_argument("--data-dir", metavar="DIR")
-    parser.add_argument("--teacher-checkpoint", metavar="FILE", help="also compare with this teacher")
-    parser.add_argument("--teacher", choices=MODELS, metavar="NAME", help="architecture of a foreign teacher")
-    parser.add_argument("--json", action="store_true", help="print one JSON object")
-    parser.add_argument("--table", metavar="DIR", help="print the results table of the runs DIR/<row>/<seed>")
-    parser.add_argument("--against", metavar="ROW", help="compare each row with this one instead of the row above")
+    add = parser.add_argument
+    add("checkpoint", nargs="?", help="last.pt or best.pt of a run, or a foreign state dict")
+    add("--model", choices=MODELS, metavar="NAME",
+        help=f"architecture of a foreign checkpoint: {', '.join(MODELS)}")
+    add("--dataset", choices=DATASETS)
+    add("--data-dir", metavar="DIR")
+    add("--teacher-checkpoint", metavar="FILE", help="also compare with this teacher")
+    add("--teacher", choices=MODELS, metavar="NAME", help="architecture of a foreign teacher")
+    add("--json", action="store_true", help="print one JSON object")
+    add("--table", metavar="DIR", help="print the results table of the runs DIR/<row>/<seed>")
+    add("--against", metavar="ROW", help="compare each row with this one instead of the row above")
     args = parser.parse_args()
     try:
         if bool(args.table) == bool(args.checkpoint):
@@ -245,42 +308,14 @@ def main():
         if args.table:
             print(table(args.table, args.against))
             return
-        report = evaluate_file(args)
+        report = evaluate(args)
     except UserError as error:
         parser.exit(2, f"eval.py: {error}\n")
-    print(json.dumps(report) if args.json else "\n".join(
-        f"{key:24s}{value:10.4f}" if isinstance(value, float) else f"{key:24s}{value:10d}" for key, value in report.items()))
-
-
-def evaluate_file(args):
-    model, checkpoint = load_model(args.checkpoint, args.model)
-    dataset = args.dataset or checkpoint.get("dataset")
-    if dataset is None:
-        raise UserError(f"{args.checkpoint}: does not say which data it was trained on; give --dataset and --data-dir")
-    statistics = (checkpoint["mean"], checkpoint["std"]) if "mean" in checkpoint else None
-    data = load(dataset, args.data_dir or checkpoint.get("data_dir", "data"), checkpoint.get("image_size"),
-                train=False, statistics=statistics)
-    images, labels = data.test
-    check_fits(args.checkpoint, checkpoint, model, data)
-    logits = predict(model, images, data.mean, data.std)
-    report = measure(logits, labels)
-    if args.teacher_checkpoint:
-        teacher, teacher_file = load_model(args.teacher_checkpoint, args.teacher)
-        check_fits(args.teacher_checkpoint, teacher_file, teacher, data)
-        report |= inheritance(logits, predict(teacher, images, data.mean, data.std), labels)
-    return report
-
-
-def check_fits(path, checkpoint, model, data):
-    """Raises UserError where the network's classes, or a ViT's image size, are not the data's."""
-    head = model.fc if hasattr(model, "fc") else model.head
-    if head.out_features != len(data.classes):
-        raise UserError(f"{path}: has {head.out_features} classes, the data has {len(data.classes)}")
-    if checkpoint.get("classes", data.classes) != data.classes:
-        raise UserError(f"{path}: was trained on other classes than the data's {data.classes[:3]}…")
-    side, made_for = data.test[0].shape[-1], checkpoint.get("image_size", 32)
-    if hasattr(model, "pos_embed") and side != made_for:
-        raise UserError(f"{path}: a ViT for {made_for} px, the images have {side}; give another checkpoint or --image-size")
+    if args.json:
+        print(json.dumps(report))
+        return
+    for key, value in report.items():
+        print(f"{key:24s}{value:10.4f}" if isinstance(value, float) else f"{key:24s}{value:10d}")
 
 
 if __name__ == "__main__":

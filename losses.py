@@ -104,3 +104,7 @@ def sld(student_logits, teacher_logits, target, *, epoch, gamma=150, temperature
     if student_swap and epoch > gamma:
         terms["student"] = kd_weight * _margin(T, log_p_s, z_s, target, detach)
     return terms
+
+
+# What train.py's --method names.
+OBJECTIVES = {"ce": ce, "kd": kd, "sld": sld}

@@ -1,13 +1,14 @@
 """Train a student:  python train.py --method sld   (or kd, or ce, which has no teacher).
 
-Every setting is a flag; what is left out takes the recipe of the method and the data set: published, or tuned for glyphs.
-A run writes runs/<name>/{config.json, env.json, metrics.jsonl, last.pt, best.pt}.
-From a notebook:  history = train.run(train.Settings(method="kd", epochs=2)).
+Every setting is a flag; what is left out takes the recipe of the method and the data set. A run
+writes {config.json, env.json, metrics.jsonl, last.pt, best.pt} into runs/<name>. In a notebook:
+    history = train.run(train.Settings(method="kd", epochs=2))
 """
 import argparse
 import contextlib
 import dataclasses
 import hashlib
+import inspect
 import io
 import json
 import math
@@ -27,62 +28,73 @@ import torchvision
 from tqdm import tqdm
 
 import losses
-from data import DATASETS, SIDES, UserError, batches, load, write_atomically
-from eval import check_fits, load_model, measure, predict
+from data import DATASETS, SIDES, UserError, batches, load
+from eval import FREE, GONE, load_model, measure, predict, read_run
 from models import MODELS, create_model, fold_batch_norm
 from swap import misclassified
 
+# --- Settings -------------------------------------------------------------------------------------
+# Bounds: in words, and as a test of one number.
+POSITIVE = "above 0", lambda v: 0 < v < math.inf
+NOT_NEGATIVE = "at least 0", lambda v: 0 <= v < math.inf
+FINITE = "a finite number", math.isfinite
+SEED = "from 0 to 2^32 - 1", lambda v: 0 <= v < 2 ** 32
 
-def setting(help, kind=str, **more):
-    return dataclasses.field(default=None, metadata=dict(help=help, type=kind, **more))
+
+def setting(help, type=str, bounds=None, **more):
+    """A field of Settings: its line in --help, its type and its bounds."""
+    return dataclasses.field(default=None, metadata=dict(more, help=help, type=type, bounds=bounds))
 
 
 @dataclasses.dataclass(frozen=True)
 class Settings:
-    """All of an experiment. None means the value of the method's or the data set's recipe."""
-    method: str = setting("what is minimised; default sld", choices=("ce", "kd", "sld"))
+    """All of an experiment. None means the value of the recipe; `resolve` fills it in."""
+    method: str = setting("what is minimised; default sld", choices=tuple(losses.OBJECTIVES))
     dataset: str = setting("default glyphs, rendered here, no download", choices=DATASETS)
     data_dir: str = setting("where the data is or is cached; default data", metavar="DIR")
-    image_size: int = setting("side in pixels, for --dataset folder; default 64", int, metavar="PX")
+    image_size: int = setting("side in pixels, for folder; default 64", int, POSITIVE, metavar="PX")
+    evaluate: str = setting("measure on the test part, or on val, a tenth of the training images, "
+                            "which is then not trained on; default test", choices=("test", "val"))
     teacher: str = setting("teacher network", choices=MODELS, metavar="NAME")
-    teacher_checkpoint: str = setting("its weights; default: the cached ones, or trained first", metavar="FILE")
-    student: str = setting(f"student network, one of {', '.join(MODELS)}", choices=MODELS, metavar="NAME")
-    epochs: int = setting("default 240 on CIFAR, 60 on a folder, 8 on glyphs (16 for a ViT)", int)
-    batch_size: int = setting("images a step; default 64", int)
-    lr: float = setting("learning rate; sgd: 0.05 for ce and kd, 0.025 for sld; adamw: 0.001; own ones on glyphs", float)
-    weight_decay: float = setting("on all parameters; 5e-4 for sgd, 0.05 for adamw", float)
-    optimizer: str = setting("sgd has momentum 0.9; adamw for a ViT student", choices=("sgd", "adamw"))
-    schedule: str = setting("step: x0.1 after 150, 180, 210 of 240 epochs; cosine on glyphs and for a ViT student",
-                            choices=("step", "cosine"))
-    warmup: float = setting("epochs of linear warm-up; 0, or a tenth of the epochs on glyphs and for a ViT student", float)
-    views: str = setting("weak (crop, flip), or both: weak and strong; both for sld", choices=("weak", "both"))
-    temperatures: tuple = setting("T of the KL; 4 for kd, 1 2 3 4 5 6 for sld", float, nargs="+", metavar="T")
-    gamma: int = setting("the student swap starts after this epoch; 150 of 240", int)
-    ce_weight: float = setting("a of (S6); 0.1, for ce 1", float)
-    kd_weight: float = setting("b of (S6); 0.9", float)
-    teacher_fix: str = setting("what is done to the teacher's logits; swap", choices=("swap", "add", "none"))
-    omega: float = setting("logit units added to the label's, for --teacher-fix add", float)
+    teacher_checkpoint: str = setting("its weights; default: trained first, or cached",
+                                      metavar="FILE")
+    student: str = setting(f"one of {', '.join(MODELS)}", choices=MODELS, metavar="NAME")
+    views: str = setting("weak (crop, flip) or both, weak and strong; both for sld",
+                         choices=("weak", "both"))
+    temperatures: tuple = setting("T of the KL; 4 for kd, 1 2 3 4 5 6 for sld", float, POSITIVE,
+                                  nargs="+", metavar="T")
+    gamma: int = setting("the student swap starts after this epoch; 150 of 240", int, NOT_NEGATIVE)
+    ce_weight: float = setting("a of (S6); 0.1", float, NOT_NEGATIVE)
+    kd_weight: float = setting("b of (S6); 0.9", float, NOT_NEGATIVE)
+    teacher_fix: str = setting("what is done to the teacher's logits; swap",
+                               choices=("swap", "add", "none"))
+    omega: float = setting("logit units added to the label's, for --teacher-fix add", float, FINITE)
     student_swap: bool = setting("use the pseudo-teacher, (S4); on", bool)
     detach: bool = setting("stop the gradient through the pseudo-teacher; off, as released", bool)
-    evaluate: str = setting("images to measure on: the test part, or val, a tenth of the training images that is then "
-                            "not trained on; choose hyper-parameters on val; default test", choices=("test", "val"))
-    seed: int = setting("of initial weights, order and views; default 0", int)
+    epochs: int = setting("240 on CIFAR, 60 on a folder, 8 on glyphs (16 for a ViT)", int, POSITIVE)
+    batch_size: int = setting("images a step; default 64", int, POSITIVE)
+    optimizer: str = setting("sgd, with momentum 0.9; adamw for a ViT", choices=("sgd", "adamw"))
+    lr: float = setting("0.05 for ce and kd, 0.025 for sld; with adamw 0.001; own ones on glyphs",
+                        float, POSITIVE)
+    weight_decay: float = setting("on all parameters; 5e-4, with adamw 0.05", float, NOT_NEGATIVE)
+    schedule: str = setting("step: x0.1 after 150, 180, 210 of 240 epochs; cosine on glyphs and "
+                            "with adamw", choices=("step", "cosine"))
+    warmup: float = setting("epochs of linear warm-up; 0, or a tenth of all on glyphs", float,
+                            NOT_NEGATIVE)
+    seed: int = setting("of initial weights, order and views; default 0", int, SEED)
     device: str = setting("default auto", choices=("auto", "cpu", "cuda", "mps"))
-    amp: bool = setting("mixed precision; on for CUDA and for CPUs with bfloat16 instructions", bool)
-    compile: bool = setting("torch.compile the student: up to a minute more at the start; off", bool)
-    run_dir: str = setting("default runs/<dataset>-<method>-<student>-seed<seed>", metavar="DIR")
-    resume: bool = setting("go on from DIR/last.pt, with the run's own settings", bool)
+    amp: bool = setting("mixed precision; on for CUDA and CPUs with bfloat16 instructions", bool)
 
 
 # --- Recipes --------------------------------------------------------------------------------------
-# A method's entry lists what it can be told. ce and kd are the field's (RepDistiller), sld is the
-# paper's released code; README, "Details that matter".
+# The numbers of an objective are the defaults of its function in losses.py; here is what else
+# differs. ce and kd are the field's (RepDistiller), sld the paper's released code.
+COMMON = dict(method="sld", dataset="glyphs", data_dir="data", evaluate="test", batch_size=64,
+              seed=0, device="auto")
 METHODS = {
     "ce": dict(views="weak", lr=0.05),
-    "kd": dict(views="weak", lr=0.05, teacher=None, teacher_checkpoint=None, temperatures=(4.0,),
-               ce_weight=0.1, kd_weight=0.9),
-    "sld": dict(views="both", lr=0.025, teacher=None, teacher_checkpoint=None, temperatures=(1.0, 2.0, 3.0, 4.0, 5.0, 6.0),
-                ce_weight=0.1, kd_weight=0.9, gamma=None, teacher_fix="swap", omega=None, student_swap=True, detach=False),
+    "kd": dict(views="weak", lr=0.05),
+    "sld": dict(views="both", lr=0.025),
 }
 SIZES = {
     "glyphs": dict(teacher="resnet14", student="resnet8", epochs=8),
@@ -94,14 +106,19 @@ OPTIMIZERS = {
     "sgd": dict(schedule="step", weight_decay=5e-4, warmup=0.0),
     "adamw": dict(schedule="cosine", weight_decay=0.05, lr=1e-3),
 }
-TUNED = {                                                      # for glyphs, on its validation part: results/tuning
+# For glyphs, on its validation part: results/tuning.
+TUNED = {
     "sgd": dict(lr=dict(ce=0.4, kd=0.8, sld=0.2), schedule="cosine", warmup=None),
     "adamw": dict(lr=dict(ce=1e-3, kd=1e-3, sld=1e-3), epochs=16),
 }
-COMMON = dict(method="sld", dataset="glyphs", data_dir="data", batch_size=64, seed=0, evaluate="test", device="auto", compile=False, resume=False)
-MILESTONES, GAMMA, OF = (150, 180, 210), 150, 240              # epochs of the published recipe
-PARTS = dict(test="test", val="validation")
-FREE = ("run_dir", "resume", "data_dir", "device", "teacher_checkpoint")   # may change when a run is resumed
+# Epochs of the published recipe; gamma's 150 is of the same 240.
+MILESTONES, OF = (150, 180, 210), 240
+
+
+def options_of(method):
+    """{name: default} of what an objective of losses.py can be told: its keywords."""
+    parameters = inspect.signature(losses.OBJECTIVES[method]).parameters.values()
+    return {p.name: p.default for p in parameters if p.kind is p.KEYWORD_ONLY and p.name != "epoch"}
 
 
 def flag(name):
@@ -109,61 +126,62 @@ def flag(name):
 
 
 def resolve(s):
-    """Settings with every None filled from the recipes. Raises UserError for values that make no sense."""
-    given = {k: v for k, v in dataclasses.asdict(s).items() if v is not None}
-    full = COMMON | given
-    for field in dataclasses.fields(Settings):                 # argparse has checked; a notebook has not
-        known = field.metadata.get("choices")
-        if known and field.name in full and full[field.name] not in known:
-            raise UserError(f"{flag(field.name)} {full[field.name]}: unknown; choose one of {', '.join(known)}")
-    recipe, size = METHODS[full["method"]], SIZES[full["dataset"]]
-    foreign = [flag(k) for k in METHODS["sld"] if k in given and k not in recipe]
-    if foreign:
-        raise UserError(f"{', '.join(foreign)}: no part of --method {full['method']}; leave it out, or choose another method")
-    vit = given.get("student", size["student"]).startswith("vit")
-    optimizer = given.get("optimizer", "adamw" if vit else "sgd")
-    tuned = TUNED[optimizer] | dict(lr=TUNED[optimizer]["lr"][full["method"]]) if full["dataset"] == "glyphs" else {}
-    full = dict.fromkeys(f.name for f in dataclasses.fields(Settings)) | COMMON | recipe | size | dict(image_size=SIDES[full["dataset"]]) \
-        | dict(optimizer=optimizer) | OPTIMIZERS[optimizer] | tuned | given
-    if "teacher" not in recipe:
-        full["teacher"] = None
-    if full["warmup"] is None:                                 # with the cosine
-        full["warmup"] = full["epochs"] / 10
+    """Settings with every None filled from the recipes. Raises UserError for nonsense."""
+    given = {k: v for k, v in vars(s).items() if v is not None}
+    for field in dataclasses.fields(s):
+        name, value = flag(field.name), given.get(field.name)
+        known, bounds = field.metadata.get("choices"), field.metadata["bounds"]
+        if value is not None and known and value not in known:
+            raise UserError(f"{name} {value}: unknown; choose among {', '.join(known)}")
+        for number in value if isinstance(value, (tuple, list)) else (value,):
+            if number is not None and bounds and not bounds[1](number):
+                raise UserError(f"{name} {number}: must be {bounds[0]}")
 
-    def check(name, low, strict=True):
-        for value in (full[name] if isinstance(full[name], (tuple, list)) else (full[name],)):
-            if value is not None and not (low < value < math.inf or value == low and not strict):
-                raise UserError(f"{flag(name)} {value}: must be {'above' if strict else 'at least'} {low}")
-    for name in ("epochs", "batch_size", "lr", "image_size", "temperatures"):
-        check(name, 0)
-    for name in ("weight_decay", "warmup", "ce_weight", "kd_weight", "seed"):
-        check(name, 0, strict=False)
-    if full["seed"] >= 2 ** 32:
-        raise UserError(f"--seed {full['seed']}: must be below 2^32")
-    if full["warmup"] >= full["epochs"]:
-        raise UserError(f"--warmup {full['warmup']:g}: must be shorter than the {full['epochs']} epochs")
-    for network in (full["student"], full["teacher"]):
-        if network and network.startswith("vit") and full["image_size"] % 8:
-            raise UserError(f"--image-size {full['image_size']}: {network} needs a multiple of 8")
+    method, dataset = (given.get(k, COMMON[k]) for k in ("method", "dataset"))
+    vit = given.get("student", SIZES[dataset]["student"]).startswith("vit")
+    optimizer = given.get("optimizer", "adamw" if vit else "sgd")
+    tuned = dict(TUNED[optimizer]) if dataset == "glyphs" else {}
+    if tuned:
+        tuned["lr"] = tuned["lr"][method]
+
+    # Later ones win: the method's rate is for SGD, the optimiser's own is for any method.
+    full = dict.fromkeys(f.name for f in dataclasses.fields(Settings))
+    full |= COMMON | SIZES[dataset] | dict(image_size=SIDES[dataset], optimizer=optimizer)
+    full |= options_of(method) | METHODS[method] | OPTIMIZERS[optimizer] | tuned | given
+    if method == "ce":
+        full["teacher"] = None
+    epochs = full["epochs"]
+    if full["warmup"] is None:
+        full["warmup"] = epochs / 10
+    if not full["student_swap"]:
+        full["gamma"] = None
+    elif "gamma" not in given:
+        full["gamma"] = min(round(full["gamma"] * epochs / OF), epochs - 1)
     if full["temperatures"] is not None:
         full["temperatures"] = tuple(full["temperatures"])
-        if not full["temperatures"]:
-            raise UserError("--temperatures: give at least one")
-    if not full["student_swap"] and ("gamma" in given or "detach" in given):
-        raise UserError("--gamma, --detach: these belong to the student swap; leave out --no-student-swap or them")
-    if full["student_swap"] and full["gamma"] is None:
-        full["gamma"] = min(round(GAMMA * full["epochs"] / OF), full["epochs"] - 1)
-    if full["student_swap"] and not 0 <= full["gamma"] < full["epochs"]:
-        raise UserError(f"--gamma {full['gamma']}: the student swap would never start in a run of {full['epochs']} epochs; "
-                        f"give 0 to {full['epochs'] - 1}, or --no-student-swap")
-    if (full["teacher_fix"] == "add") != (full["omega"] is not None):
-        raise UserError("--omega: give it with --teacher-fix add, and only there")
-    if full["omega"] is not None and not math.isfinite(full["omega"]):
-        raise UserError(f"--omega {full['omega']}: must be a finite number")
-    if full["run_dir"] is None:
-        name = f"{full['dataset']}-{full['method']}-{full['student']}-seed{full['seed']}"
-        numbered = (Path("runs") / (f"{name}-{k}" if k > 1 else name) for k in range(1, 10**6))
-        full["run_dir"] = str(next(path for path in numbered if not path.exists()))
+
+    every = {name for m in METHODS for name in options_of(m)} | {"teacher", "teacher_checkpoint"}
+    known = {*options_of(method)} | ({"teacher", "teacher_checkpoint"} if method != "ce" else set())
+    foreign = ", ".join(flag(k) for k in given if k in every - known)
+    vits = [name for name in (full["student"], full["teacher"]) if name and name.startswith("vit")]
+    for wrong, message in (
+        (foreign,
+         f"{foreign}: no part of --method {method}; leave it out, or choose another method"),
+        (full["temperatures"] == (), "--temperatures: give at least one"),
+        (full["warmup"] >= epochs,
+         f"--warmup {full['warmup']:g}: must be shorter than the {epochs} epochs"),
+        (vits and full["image_size"] % 8,
+         f"--image-size {full['image_size']}: {vits and vits[0]} needs a multiple of 8"),
+        (not full["student_swap"] and {"gamma", "detach"} & given.keys(),
+         "--gamma, --detach: part of the student swap; leave out --no-student-swap or them"),
+        (full["student_swap"] and full["gamma"] >= epochs,
+         f"--gamma {full['gamma']}: the student swap would never start in a run of {epochs} "
+         f"epochs; give 0 to {epochs - 1}, or --no-student-swap"),
+        ((full["teacher_fix"] == "add") != (full["omega"] is not None),
+         "--omega: give it with --teacher-fix add, and only there"),
+    ):
+        if wrong:
+            raise UserError(message)
     return Settings(**full)
 
 
@@ -180,38 +198,297 @@ def make_objective(s):
     """f(student_logits, teacher_logits, target, epoch) -> named terms of one view."""
     if s.method == "ce":
         return lambda z_s, z_t, y, epoch: losses.ce(z_s, y)
-    options = dict(temperatures=s.temperatures, ce_weight=s.ce_weight, kd_weight=s.kd_weight)
+    options = {name: getattr(s, name) for name in options_of(s.method)}
     if s.method == "kd":
         return lambda z_s, z_t, y, epoch: losses.kd(z_s, z_t, y, **options)
-    options |= dict(gamma=s.gamma, teacher_fix=s.teacher_fix, omega=s.omega, student_swap=s.student_swap, detach=s.detach)
     return lambda z_s, z_t, y, epoch: losses.sld(z_s, z_t, y, epoch=epoch, **options)
+
+
+# --- One epoch ------------------------------------------------------------------------------------
+
+@dataclasses.dataclass
+class Learner:
+    """What an epoch works with: the networks on their device, and what moves the student."""
+    student: torch.nn.Module
+    teacher: torch.nn.Module
+    teacher_digest: str
+    optimizer: torch.optim.Optimizer
+    autocast: torch.autocast
+    scaler: torch.amp.GradScaler
+
+
+def train_epoch(s, epoch, learner, data):
+    """One pass over the training part. Returns the epoch's numbers as they go into metrics.jsonl:
+    {"epoch", "lr", "loss", "loss_<term>", "train_top1", "swap_<who>_<view>", …}, means over the
+    rows, shares in percent. s: resolved Settings. Raises UserError where the loss is not finite;
+    the student has not moved by it then.
+    """
+    student, teacher, scaler = learner.student, learner.teacher, learner.scaler
+    device, objective = next(student.parameters()).device, make_objective(s)
+    n, start = len(data.train[1]), time.perf_counter()
+    steps, sums, skipped = math.ceil(n / s.batch_size), {}, 0
+    student.train()
+    bar = tqdm(batches(data, s.batch_size, s.views, s.seed, epoch), f"epoch {epoch}", steps,
+               leave=False, disable=None)
+    for step, (views, target) in enumerate(bar):
+        views = [v.to(device, memory_format=torch.channels_last) for v in views]   # (B, 3, S, S)
+        target = target.to(device)                                                 # (B,)
+        lr = learning_rate(s, epoch - 1 + (step + 0.5) / steps)
+        for group in learner.optimizer.param_groups:
+            group["lr"] = lr
+
+        # --- The step ---
+        # (S6)  L = sum over the views of  a CE + b ( L_TS + 1[epoch > gamma] L_SS ),  in float32.
+        # The teacher takes both views in one pass: in eval mode no row touches another. The student
+        # takes them one after the other, weak first, each with its own batch statistics.
+        with learner.autocast:
+            z_t = [None] * len(views)
+            if teacher:
+                z_t = teacher(torch.cat(views)).float().split(len(target))         # (B, C) each
+            z_s = [student(view).float() for view in views]                        # (B, C) each
+        terms = {}
+        for student_logits, teacher_logits in zip(z_s, z_t):
+            for name, term in objective(student_logits, teacher_logits, target, epoch).items():
+                terms[name] = terms.get(name, 0) + term
+        loss = sum(terms.values())
+
+        learner.optimizer.zero_grad()
+        scaler.scale(loss).backward()
+        if not loss.isfinite():
+            raise UserError(f"epoch {epoch}, step {step + 1} of {steps}, lr {lr:g}: the loss is "
+                            f"not finite; try a smaller --lr{' or --no-amp' if s.amp else ''}")
+        scale = scaler.get_scale()
+        scaler.step(learner.optimizer)
+        scaler.update()
+        # float16 only: where a gradient overflowed, the scaler left the step out; its scale fell.
+        skipped += scaler.get_scale() < scale
+        # --- The step ends ---
+
+        counted = {f"loss_{name}": term.detach() * len(target) for name, term in terms.items()}
+        for who, logits in (("student", z_s), ("teacher", z_t)):
+            for view, z in zip(("weak", "strong"), logits):
+                if z is not None:
+                    counted[f"swap_{who}_{view}"] = misclassified(z.detach(), target).sum().float()
+        for name, value in zip(counted, torch.stack([*counted.values()]).tolist()):
+            sums[name] = sums.get(name, 0) + value
+    seconds = time.perf_counter() - start
+    means = {name: value / n for name, value in sums.items()}
+    student = [means.pop(k) for k in ("swap_student_weak", "swap_student_strong") if k in means]
+    terms = {name: value for name, value in means.items() if name.startswith("loss_")}
+    teacher = {name: 100 * value for name, value in means.items() if name.startswith("swap_")}
+    return dict(epoch=epoch, lr=lr, loss=sum(terms.values()), **terms, **teacher,
+                train_top1=100 * (1 - student[0]), swap_student=100 * sum(student) / len(student),
+                skipped_steps=skipped, seconds=seconds, images_per_second=n / seconds)
+
+
+# --- A run ----------------------------------------------------------------------------------------
+
+def run(settings, run_dir=None, resume=False):
+    """Train as the Settings say. Returns the history: one dict an epoch, as in metrics.jsonl.
+
+    run_dir: a new folder; default runs/<dataset>-<method>-<student>-seed<seed>. resume: go on from
+    run_dir/last.pt, with that run's own settings. The metrics are defined in results/README.md.
+    Raises UserError for whatever the user can mend.
+    """
+    s, folder, saved = open_run(settings, run_dir, resume)
+    device = pick_device(s.device)
+    s = dataclasses.replace(s, amp=amp_by_default(device) if s.amp is None else s.amp)
+    data = load(s.dataset, s.data_dir, s.image_size, evaluate=s.evaluate)
+    if device.type == "cuda":
+        # Elsewhere the views are made on the CPU.
+        data.train, data.test = (tuple(t.to(device) for t in p) for p in (data.train, data.test))
+    n = len(data.train[1])
+    if s.batch_size > n:
+        raise UserError(f"--batch-size {s.batch_size}: there are only {n} training images")
+    teacher, digest = get_teacher(s, data, device) if s.teacher else (None, None)
+
+    torch.manual_seed(s.seed)
+    student = create_model(s.student, len(data.classes), s.image_size)
+    student.to(device, memory_format=torch.channels_last)
+    autocast, scaler = mixed_precision(device, s.amp)
+    learner = Learner(student, teacher, digest, make_optimizer(s, student), autocast, scaler)
+    history = []
+    if saved:
+        if saved["teacher_digest"] != digest:
+            raise UserError(f"--resume: {folder} was trained with another teacher; give its "
+                            "--teacher-checkpoint")
+        student.load_state_dict(saved["model"])
+        learner.optimizer.load_state_dict(saved["optimizer"])
+        # Empty from a run without float16.
+        if saved["scaler"]:
+            scaler.load_state_dict(saved["scaler"])
+        history = saved["history"]
+
+    print(f"data      {s.dataset}: {n} training and {len(data.test[1])} {PARTS[s.evaluate]} "
+          f"images, {len(data.classes)} classes, {s.image_size} px\n{in_words(s)}")
+    precision = f"mixed precision ({str(autocast.fast_dtype)[6:]})" if s.amp else "float32"
+    print(f"device    {device.type}, {precision}; run folder {folder}")
+    if s.batch_size != COMMON["batch_size"] and settings.lr is None and s.optimizer == "sgd":
+        scaled = s.lr * s.batch_size / COMMON["batch_size"]
+        print(f"note      batch {s.batch_size} is not the recipe's {COMMON['batch_size']}; linear "
+              f"scaling would give --lr {scaled:g} instead of {s.lr:g} (not applied)")
+    with lock(folder), explained(s, folder, history):
+        describe(folder, s, learner, resume)
+        print("swap%     rows whose top class is not the label: of the teacher on weak (Tw) and "
+              f"strong (Ts) views, of the student (S)\n\n{header(s.evaluate)}")
+        for epoch in range(len(history) + 1, s.epochs + 1):
+            row = train_epoch(s, epoch, learner, data)
+            if not all(v.isfinite().all() for v in student.state_dict().values()):
+                raise UserError(f"epoch {epoch}: the weights are not finite; try a smaller --lr")
+            measured = measure(predict(student, data.test[0], data.mean, data.std), data.test[1])
+            row |= {f"{s.evaluate}_{k}": measured[k] for k in ("top1", "top5", "nll")}
+            row["best_top1"] = max([r["best_top1"] for r in history] + [measured["top1"]])
+            save(folder, s, data, learner, history + [row])
+            history.append(row)
+            write_metrics(folder, history)
+            print(epoch_line(row, s.evaluate), flush=True)
+        # Here too, since a resumed run may have nothing else left to do.
+        write_metrics(folder, history)
+    last, best = (history[-1][key] for key in (s.evaluate + "_top1", "best_top1"))
+    print(f"\nlast epoch {last:.2f} %, best {best:.2f} % (selected on {s.evaluate}); "
+          f"python eval.py {folder / 'last.pt'}")
+    return history
+
+
+def open_run(settings, run_dir, resume):
+    """(resolved Settings, folder, checkpoint to go on from or None). Raises UserError where the
+    folder holds another run, or none to go on with."""
+    if not resume:
+        s = resolve(settings)
+        name = f"runs/{s.dataset}-{s.method}-{s.student}-seed{s.seed}"
+        numbered = (Path(f"{name}-{k}" if k > 1 else name) for k in range(1, 10**6))
+        folder = Path(run_dir or next(path for path in numbered if not path.exists()))
+        inside = folder.iterdir() if folder.is_dir() else ()
+        if any(path.name != "lock" and path.suffix != ".tmp" for path in inside):
+            raise UserError(f"--run-dir {folder}: already holds a run or other files; give "
+                            "another, or --resume to go on")
+        return s, folder, None
+    if run_dir is None:
+        raise UserError("--resume: say which run with --run-dir")
+    folder = Path(run_dir)
+    try:
+        config = json.loads((folder / "config.json").read_text())
+        config["temperatures"] = config["temperatures"] and tuple(config["temperatures"])
+        config = {k: v for k, v in config.items() if k not in GONE}
+        saved = Settings(**dict(evaluate="test") | config)
+    except (OSError, ValueError, TypeError, KeyError):
+        raise UserError(f"--resume: {folder} holds no run to go on with (no readable config.json)")
+    given = {k: tuple(v) if isinstance(v, list) else v for k, v in vars(settings).items()}
+    changed = [f"{flag(k)} {getattr(saved, k)} -> {v}" for k, v in given.items()
+               if v not in (None, getattr(saved, k)) and k not in FREE]
+    if changed:
+        raise UserError(f"--resume: these would change the result of {folder}: "
+                        f"{', '.join(changed)}; leave them out")
+    last = folder / "last.pt"
+    checkpoint = load_model(last)[1] if last.exists() else None
+    if checkpoint and "history" not in checkpoint:
+        raise UserError(f"--resume: {last} is not a checkpoint of this run; put the run's own back")
+    free = {k: given[k] for k in FREE if given[k] is not None}
+    return dataclasses.replace(saved, **free), folder, checkpoint
+
+
+COLUMNS = (  # heading, key, width, format
+    ("epoch", "epoch", 5, "d"), ("lr", "lr", 8, ".2g"), ("ce", "loss_ce", 7, ".3f"),
+    ("teacher", "loss_teacher", 8, ".3f"), ("student", "loss_student", 8, ".3f"),
+    ("train%", "train_top1", 7, ".2f"), ("{part}%", "{part}_top1", 6, ".2f"),
+    ("best%", "best_top1", 6, ".2f"), ("swapTw%", "swap_teacher_weak", 8, ".2f"),
+    ("swapTs%", "swap_teacher_strong", 8, ".2f"), ("swapS%", "swap_student", 7, ".2f"),
+    ("sec", "seconds", 7, ".1f"), ("img/s", "images_per_second", 7, ".0f"))
+PARTS = dict(test="test", val="validation")
+
+
+def header(part):
+    """The heading of the epochs' lines. part: "test" or "val", as in Settings.evaluate."""
+    return " ".join(heading.format(part=part).rjust(width) for heading, _, width, _ in COLUMNS)
+
+
+def epoch_line(row, part):
+    """One fixed-width line under the header; what the method does not have shows as a dash."""
+    cells = ((key.format(part=part), width, form) for _, key, width, form in COLUMNS)
+    return " ".join((format(row[key], form) if key in row else "-").rjust(width)
+                    for key, width, form in cells)
 
 
 def in_words(s):
     """The resolved experiment, one line for each of its parts."""
     loss = "CE(label)"
     if s.method != "ce":
-        fixed = {"swap": "swapped teacher", "add": f"teacher + {s.omega} on the label"}.get(s.teacher_fix, "teacher")
+        fixed = {"swap": "swapped teacher", "add": f"teacher + {s.omega} on the label"}
+        fixed = fixed.get(s.teacher_fix, "teacher")
         loss = (f"{s.ce_weight:g} CE(label) + {s.kd_weight:g} T^2 KL({fixed} || student) "
                 f"at T = {', '.join(f'{T:g}' for T in s.temperatures)}")
     if s.student_swap:
-        loss += (f"\n          + {s.kd_weight:g} T^2 KL(swapped student || student) from epoch {s.gamma + 1} on"
-                 f"{', its gradient stopped' if s.detach else ''}")
+        loss += (f"\n          + {s.kd_weight:g} T^2 KL(swapped student || student) from epoch "
+                 f"{s.gamma + 1} on{', its gradient stopped' if s.detach else ''}")
     drops = sorted({round(m * s.epochs / OF) for m in MILESTONES} - {s.epochs})
-    rate = "cosine to 0" if s.schedule == "cosine" else f"x0.1 after epoch {', '.join(map(str, drops))}" if drops else "constant"
+    after = f"x0.1 after epoch {', '.join(map(str, drops))}" if drops else "constant"
+    rate = "cosine to 0" if s.schedule == "cosine" else after
+    warmup = f", warm-up {s.warmup:g} epochs" if s.warmup else ""
+    views = "weak and strong views" if s.views == "both" else "the weak view"
     return (f"minimise  {loss}\n"
-            f"on        {'weak and strong views' if s.views == 'both' else 'the weak view'} of {s.dataset}, student {s.student}\n"
-            f"with      {s.optimizer}, lr {s.lr:g} {rate}"
-            f"{f', warm-up {s.warmup:g} epochs' if s.warmup else ''}, weight decay {s.weight_decay:g}, "
-            f"{s.epochs} epochs, batch {s.batch_size}, seed {s.seed}")
+            f"on        {views} of {s.dataset}, student {s.student}\n"
+            f"with      {s.optimizer}, lr {s.lr:g} {rate}{warmup}, weight decay "
+            f"{s.weight_decay:g}, {s.epochs} epochs, batch {s.batch_size}, seed {s.seed}")
 
 
-# --- Device, files ----------------------------------------------------------------------------------
+# --- The teacher ----------------------------------------------------------------------------------
+
+def get_teacher(s, data, device):
+    """(the frozen teacher in eval mode, digest of its weights): of --teacher-checkpoint, or the
+    cached one, which is trained first where it lacks epochs. Raises UserError for one at chance."""
+    path = s.teacher_checkpoint or cached_teacher(s, data)
+    teacher, _ = load_model(path, s.teacher, data)
+    teacher.requires_grad_(False).to(device, memory_format=torch.channels_last)
+    top1 = measure(predict(teacher, data.test[0], data.mean, data.std), data.test[1])["top1"]
+    C = len(data.classes)
+    # Twice chance means nothing for 2 classes.
+    floor = 100 * min(2 / C, 1 / C + 0.1)
+    if not top1 > floor:
+        chance = "twice chance" if C >= 10 else "ten points above chance"
+        raise UserError(f"{path}: the teacher has {top1:.2f} % {s.evaluate} top-1, no better than "
+                        f"{floor:.2f} % ({chance}); give another --teacher-checkpoint")
+    print(f"teacher   {s.teacher} from {path}: {top1:.2f} % {s.evaluate} top-1")
+    weights = b"".join(v.cpu().numpy().tobytes() for v in teacher.state_dict().values())
+    return fold_batch_norm(teacher), hashlib.sha256(weights).hexdigest()
+
+
+def cached_teacher(s, data):
+    """The last.pt of this data's own teacher, after the epochs that it lacks."""
+    name = s.dataset
+    if name == "folder":
+        # Two folders may share a name: the images tell them apart.
+        images, labels = (part.cpu().numpy() for part in data.train)
+        digest = zlib.crc32(labels, zlib.crc32(images))
+        name = f"{Path(s.data_dir).resolve().name}-{s.image_size}px-{digest:08x}"
+    if s.evaluate == "val":
+        # The teacher must not know the images that are measured on either.
+        name += "-val"
+    folder = Path(f"runs/teacher-{name}-{s.teacher}")
+    mine = Settings(data_dir=s.data_dir, device=s.device)
+    started = (folder / "config.json").exists()
+    if not started:
+        batch_size = min(COMMON["batch_size"], len(data.train[1]))
+        mine = dataclasses.replace(
+            mine, method="ce", dataset=s.dataset, image_size=s.image_size, student=s.teacher,
+            evaluate=s.evaluate, amp=s.amp, batch_size=batch_size)
+    elif (folder / "metrics.jsonl").exists():
+        config, rows = read_run(folder)
+        if len(rows) == config["epochs"]:
+            return folder / "last.pt"
+    print(f"no {s.teacher} teacher for {name} yet: {'going on with' if started else 'training'} it "
+          f"first, in {folder}\n(your own instead: --teacher-checkpoint FILE)\n")
+    run(mine, folder, resume=started)
+    print()
+    return folder / "last.pt"
+
+
+# --- Device ---------------------------------------------------------------------------------------
 
 def pick_device(name):
+    there = dict(cpu=True, cuda=torch.cuda.is_available(), mps=torch.backends.mps.is_available())
     if name == "auto":
-        name = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
-    elif name == "cuda" and not torch.cuda.is_available() or name == "mps" and not torch.backends.mps.is_available():
+        name = next(kind for kind in ("cuda", "mps", "cpu") if there[kind])
+    if not there[name]:
         raise UserError(f"--device {name}: not available here; leave the flag out or give cpu")
     return torch.device(name)
 
@@ -223,343 +500,163 @@ def amp_by_default(device):
 
 
 def mixed_precision(device, on):
-    """(autocast, GradScaler): float16 on CUDA, whose small gradients the scaler keeps from underflow; bfloat16 elsewhere."""
+    """(autocast, GradScaler): float16 on CUDA, whose small gradients the scaler keeps from
+    underflow; bfloat16, which needs no scaler, elsewhere."""
     dtype = torch.float16 if device.type == "cuda" else torch.bfloat16
-    return torch.autocast(device.type, dtype, enabled=on), torch.amp.GradScaler(device.type, enabled=on and dtype == torch.float16)
+    scaler = torch.amp.GradScaler(device.type, enabled=on and dtype == torch.float16)
+    return torch.autocast(device.type, dtype, enabled=on), scaler
 
 
 def make_optimizer(s, student):
+    common = dict(params=student.parameters(), lr=s.lr, weight_decay=s.weight_decay)
     if s.optimizer == "sgd":
-        return torch.optim.SGD(student.parameters(), s.lr, momentum=0.9, weight_decay=s.weight_decay)
-    return torch.optim.AdamW(student.parameters(), s.lr, weight_decay=s.weight_decay)
+        return torch.optim.SGD(**common, momentum=0.9)
+    return torch.optim.AdamW(**common)
 
 
-def compiled(student, device):
-    """torch.compile(student), which shares its weights; or student itself where no compiler is there."""
+# --- Files ----------------------------------------------------------------------------------------
+
+def write(path, content):
+    """A file of a run folder is whole at any moment: written beside its place, then renamed."""
+    temporary = path.with_name(f"{path.name}.{os.getpid()}.tmp")
     try:
-        torch.compile(lambda x: x.sin() + 1)(torch.zeros(8, device=device))
-    except Exception as error:                                 # torch raises many kinds, private ones among them
-        reason = (str(error) or type(error).__name__).strip().splitlines()[0]
-        print(f"note      --compile: no working compiler here, going on without ({reason})")
-        return student
-    return torch.compile(student)
+        with open(temporary, "wb") as file:
+            file.write(content)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
 
 
 def write_json(path, value):
-    write_atomically(path, (json.dumps(value, indent=1) + "\n").encode())
+    write(path, (json.dumps(value, indent=1) + "\n").encode())
 
 
-def write_checkpoint(path, value):
-    buffer = io.BytesIO()
-    torch.save(value, buffer)
-    write_atomically(path, buffer.getvalue())
+def write_metrics(folder, history):
+    write(folder / "metrics.jsonl", "".join(json.dumps(row) + "\n" for row in history).encode())
+
+
+def save(folder, s, data, learner, history):
+    """best.pt, where this epoch is the best, and last.pt, with what a resumed run needs."""
+    row = history[-1]
+    top1 = row[s.evaluate + "_top1"]
+    student = dict(
+        architecture=s.student, image_size=s.image_size, dataset=s.dataset, data_dir=s.data_dir,
+        classes=data.classes, mean=data.mean, std=data.std, method=s.method, seed=s.seed,
+        epoch=row["epoch"], evaluate=s.evaluate, top1=top1,
+        model={k: v.cpu() for k, v in learner.student.state_dict().items()})
+    resumable = student | dict(
+        optimizer=learner.optimizer.state_dict(), scaler=learner.scaler.state_dict(),
+        teacher_digest=learner.teacher_digest, history=history)
+    for name, content in (("best.pt", student), ("last.pt", resumable)):
+        if name == "last.pt" or top1 == row["best_top1"]:
+            buffer = io.BytesIO()
+            torch.save(content, buffer)
+            write(folder / name, buffer.getvalue())
 
 
 def lock(folder):
-    """A context that keeps other processes out of `folder`, and lets go when this process ends in whatever way.
-    Raises UserError where another one is in. A file system that knows no locks keeps nobody out."""
+    """A context that keeps other processes out of `folder`, however this one ends. Raises UserError
+    where another one is in. A file system that knows no locks keeps nobody out."""
     folder.mkdir(parents=True, exist_ok=True)
     try:
         return filelock.FileLock(folder / "lock").acquire(blocking=False)
     except filelock.Timeout:
-        raise UserError(f"{folder}: another process is training there; wait until it is done, or give another --run-dir")
+        raise UserError(f"{folder}: another process is training there; wait until it is done, or "
+                        "give another --run-dir")
     except (OSError, NotImplementedError):
         return contextlib.nullcontext()
 
 
-def write_metrics(folder, history):
-    write_atomically(folder / "metrics.jsonl", "".join(json.dumps(row) + "\n" for row in history).encode())
+def describe(folder, s, learner, resume):
+    """Write config.json and env.json of a new run; tidy up after a process killed in a write."""
+    for left_over in folder.glob("*.tmp"):
+        left_over.unlink()
+    if not resume:
+        if (folder / "config.json").exists():
+            raise UserError(f"--run-dir {folder}: another process has just put a run there")
+        # First, since with it the run can be resumed.
+        write_json(folder / "config.json", dataclasses.asdict(s))
+    if not (folder / "env.json").exists():
+        about = environment(next(learner.student.parameters()).device)
+        write_json(folder / "env.json", about | dict(teacher_digest=learner.teacher_digest))
+
+
+@contextlib.contextmanager
+def explained(s, folder, history):
+    """Whatever ends a run early, in one line that says what is safe and how to go on."""
+    try:
+        yield
+    except torch.OutOfMemoryError:
+        raise UserError(f"--batch-size {s.batch_size}: the memory of the GPU is full; try "
+                        f"--batch-size {max(1, s.batch_size // 2)}")
+    except UserError as error:
+        safe = f"epoch {len(history)} is saved" if history else "no epoch was saved"
+        raise UserError(f"{error}; {safe}")
+    except KeyboardInterrupt as stop:
+        command = f"python train.py --resume --run-dir {shlex.quote(str(folder))}"
+        stop.add_note(f"{command} goes on after epoch {len(history)}")
+        raise
+    except OSError as error:
+        safe = "no epoch is saved there"
+        if (folder / "last.pt").exists():
+            safe = f"epoch {len(history)} is safe: --resume --run-dir {folder} goes on after it"
+        raise UserError(f"{folder}: cannot write epoch {len(history) + 1} "
+                        f"({error.strerror or error}); {safe}")
 
 
 def environment(device):
-    def git(*command):
-        done = subprocess.run(["git", "-C", Path(__file__).parent, *command], capture_output=True, text=True)
-        return done.stdout.strip() if done.returncode == 0 else None
+    """Where a run was made: versions, processor or GPU, threads, commit and command."""
+    def output(*command):
+        done = subprocess.run(command, cwd=Path(__file__).parent, capture_output=True, text=True)
+        return done.stdout.strip()
     try:
-        commit = git("rev-parse", "HEAD") + ("-dirty" if git("status", "--porcelain", "-uno") else "")
-    except (OSError, TypeError):                               # no git here, or no checkout
-        commit = None
+        commit = output("git", "rev-parse", "HEAD")
+        commit += "-dirty" if commit and output("git", "status", "--porcelain", "-uno") else ""
+    except OSError:
+        # No git here.
+        commit = ""
     name = torch.cuda.get_device_name() if device.type == "cuda" else platform.processor()
-    if not name and Path("/proc/cpuinfo").exists():            # Linux leaves platform.processor() empty
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
-        name = next((line.split(":")[1].strip() for line in lines if line.startswith("model name")), None)
-    return dict(python=platform.python_version(), torch=torch.__version__, torchvision=torchvision.__version__,
-                system=platform.system(), machine=platform.machine(), device=device.type, device_name=name,
-                threads=torch.get_num_threads(), commit=commit, command=" ".join(["train.py", *sys.argv[1:]]))
+    return dict(python=platform.python_version(), torch=torch.__version__,
+                torchvision=torchvision.__version__, system=platform.system(),
+                machine=platform.machine(), device=device.type, device_name=name,
+                cpu_capability=torch.backends.cpu.get_cpu_capability(),
+                threads=torch.get_num_threads(), commit=commit or None,
+                command=" ".join(["train.py", *sys.argv[1:]]))
 
 
-# --- The teacher ------------------------------------------------------------------------------------
-
-def get_teacher(s, data, device):
-    """(the frozen teacher in eval mode, digest of its weights), from --teacher-checkpoint, the cache, or trained now."""
-    path = s.teacher_checkpoint
-    if path is None:
-        name = s.dataset
-        if name == "folder":                                   # two folders may share a name: the images tell them apart
-            images, labels = (part.cpu().numpy() for part in data.train)
-            name = f"{Path(s.data_dir).resolve().name}-{s.image_size}px-{zlib.crc32(labels, zlib.crc32(images)):08x}"
-        if s.evaluate == "val":                                # it must not know the images that are measured on either
-            name += "-val"
-        folder = Path("runs") / f"teacher-{name}-{s.teacher}"
-        path = folder / "last.pt"
-        started = (folder / "config.json").exists()
-        done = load_model(path)[1].get("epoch", 0) if path.exists() else 0
-        if not started or done < json.loads((folder / "config.json").read_text())["epochs"]:
-            print(f"no {s.teacher} teacher for {name} yet: {'going on with' if started else 'training'} it first, in {folder}\n"
-                  f"(your own instead: --teacher-checkpoint FILE)\n")
-            whole = {} if started else dict(method="ce", dataset=s.dataset, image_size=s.image_size, student=s.teacher, evaluate=s.evaluate,
-                                            batch_size=min(64, len(data.train[1])), amp=s.amp)
-            run(Settings(**whole, data_dir=s.data_dir, device=s.device, run_dir=str(folder), resume=started))
-            print()
-    teacher, checkpoint = load_model(path, s.teacher)
-    check_fits(path, checkpoint, teacher, data)
-    teacher = teacher.requires_grad_(False).to(device, memory_format=torch.channels_last)
-    top1 = measure(predict(teacher, data.test[0], data.mean, data.std), data.test[1])["top1"]
-    C = len(data.classes)
-    floor = 100 * min(2 / C, 1 / C + 0.1)                      # twice chance means nothing for 2 classes
-    if not top1 > floor:
-        raise UserError(f"{path}: the teacher has {top1:.2f} % {s.evaluate} top-1, no better than {floor:.2f} % "
-                        f"({'twice chance' if C >= 10 else 'ten points above chance'}); give another --teacher-checkpoint")
-    print(f"teacher   {s.teacher} from {path}: {top1:.2f} % {s.evaluate} top-1")
-    digest = hashlib.sha256(b"".join(v.cpu().numpy().tobytes() for v in teacher.state_dict().values())).hexdigest()
-    return fold_batch_norm(teacher), digest
-
-
-# --- One epoch --------------------------------------------------------------------------------------
-
-LOOK_EVERY = 50                                                # steps: a look at a GPU's numbers makes it wait
-
-
-def count_skipped(numbers, s, epoch, first, steps, scaler):
-    """How many of these steps GradScaler left out. numbers: one tensor a step, from step `first` on: loss, gradient
-    norm, largest |logit| of the student, and of the teacher if any. Raises UserError for non-finite ones that stay."""
-    numbers = torch.stack(numbers).cpu()
-    bad = ~numbers[:, :2].isfinite().all(1)
-    if not bad.any() or scaler.is_enabled() and scaler.get_scale() > 2 ** -14:   # 30 skips in a row from 2^16 down
-        return int(bad.sum())
-    k = int(bad.nonzero()[0])
-    largest = ", ".join(f"{who} {value:g}" for who, value in zip(("student", "teacher"), numbers[k, 2:].tolist()))
-    raise UserError(f"epoch {epoch}, step {first + k} of {steps}, lr {learning_rate(s, epoch - 1 + (first + k - 0.5) / steps):g}: "
-                    f"loss or gradient is not finite (largest logit: {largest}); what was saved still loads; "
-                    f"try a smaller --lr{' or --no-amp' if s.amp else ''}")
-
-
-def train_epoch(s, epoch, student, teacher, objective, data, optimizer, scaler, autocast):
-    """One pass over the training part. Returns the epoch's sums as plain numbers, read off the device once."""
-    device = next(student.parameters()).device
-    steps = math.ceil(len(data.train[1]) / s.batch_size)
-    sums, rows, skipped, unseen = {}, 0, 0, []
-    wide = torch.float32 if device.type == "mps" else torch.float64     # MPS has no float64
-    student.train()
-    bar = tqdm(batches(data, s.batch_size, s.views, s.seed, epoch), f"epoch {epoch}", steps, leave=False, disable=None)
-    for step, (views, target) in enumerate(bar):
-        views = [view.to(device, memory_format=torch.channels_last) for view in views]   # each (B, 3, S, S)
-        target = target.to(device)
-        for group in optimizer.param_groups:
-            group["lr"] = learning_rate(s, epoch - 1 + (step + 0.5) / steps)
-
-        with autocast:
-            teacher_logits = [None] * len(views)
-            if teacher:                                        # one pass: eval mode mixes no rows
-                teacher_logits = teacher(torch.cat(views)).float().split(len(target))     # each (B, C)
-            student_logits = [student(view).float() for view in views]   # weak, then strong: own batch statistics
-        terms = {}                                             # (S6), summed over the views, in float32
-        for z_s, z_t in zip(student_logits, teacher_logits):
-            for name, term in objective(z_s, z_t, target, epoch).items():
-                terms[name] = terms.get(name, 0) + term
-
-        loss = sum(terms.values())
-        optimizer.zero_grad(set_to_none=True)
-        scaler.scale(loss).backward()
-        norm = torch.nn.utils.get_total_norm([p.grad for p in student.parameters()], math.inf)   # a sum of squares could overflow
-        scaler.step(optimizer)                                 # float16 only: leaves out a step with non-finite gradients
-        scaler.update()
-
-        rows += len(target)
-        with torch.no_grad():                                  # stays on the device: no sync
-            largest = [torch.stack(logits).abs().amax() for logits in (student_logits, teacher_logits) if logits[0] is not None]
-            unseen.append(torch.stack([loss, norm, *largest]))
-            counted = {f"loss_{name}": term.detach() * len(target) for name, term in terms.items()}
-            for view, z_s, z_t in zip(("weak", "strong"), student_logits, teacher_logits):
-                counted[f"swap_student_{view}"] = misclassified(z_s, target).sum()
-                if teacher:
-                    counted[f"swap_teacher_{view}"] = misclassified(z_t, target).sum()
-            for name, value in counted.items():
-                sums[name] = sums.get(name, 0) + value.to(wide)
-        if len(unseen) == LOOK_EVERY or step == steps - 1:     # late, but before anything is saved
-            skipped += count_skipped(unseen, s, epoch, step + 2 - len(unseen), steps, scaler)
-            unseen = []
-    return {name: value.item() / rows for name, value in sums.items()}, skipped
-
-
-# --- A run ------------------------------------------------------------------------------------------
-
-COLUMNS = (  # heading, key, width, format
-    ("epoch", "epoch", 5, "d"), ("lr", "lr", 8, ".2g"), ("ce", "loss_ce", 7, ".3f"), ("teacher", "loss_teacher", 8, ".3f"),
-    ("student", "loss_student", 8, ".3f"), ("train%", "train_top1", 7, ".2f"), ("{part}%", "{part}_top1", 6, ".2f"),
-    ("best%", "best_top1", 6, ".2f"), ("swapTw%", "swap_teacher_weak", 8, ".2f"), ("swapTs%", "swap_teacher_strong", 8, ".2f"),
-    ("swapS%", "swap_student", 7, ".2f"), ("sec", "seconds", 7, ".1f"), ("img/s", "images_per_second", 7, ".0f"))
-
-
-def header(part):
-    """The heading of the epochs' lines. part: "test" or "val", as in Settings.evaluate."""
-    return " ".join(heading.format(part=part).rjust(width) for heading, _, width, _ in COLUMNS)
-
-
-def epoch_line(row, part):
-    """One fixed-width line under the header; what the method does not have shows as a dash."""
-    keys = [key.format(part=part) for _, key, _, _ in COLUMNS]
-    return " ".join((format(row[key], form) if key in row else "-").rjust(width) for key, (_, _, width, form) in zip(keys, COLUMNS))
-
-
-def open_run(s):
-    """(resolved Settings, checkpoint to go on from or None). Raises UserError where the folder holds another run."""
-    if not s.resume:
-        s = resolve(s)
-        folder = Path(s.run_dir)
-        if folder.is_dir() and any(path.name != "lock" and path.suffix != ".tmp" for path in folder.iterdir()):
-            raise UserError(f"--run-dir {folder}: already holds a run or other files; give another, or --resume to go on")
-        return s, None
-    if s.run_dir is None:
-        raise UserError("--resume: say which run with --run-dir")
-    folder = Path(s.run_dir)
-    try:
-        saved = json.loads((folder / "config.json").read_text())
-        saved = Settings(**dict(evaluate="test") | saved | dict(temperatures=saved["temperatures"] and tuple(saved["temperatures"])))
-    except (OSError, ValueError, TypeError, KeyError):
-        raise UserError(f"--resume: {folder} holds no run to go on with (no readable config.json)")
-    given = {k: v for k, v in dataclasses.asdict(s).items() if v is not None}
-    changed = [f"{flag(k)} {getattr(saved, k)} -> {v}" for k, v in given.items()
-               if k not in FREE and (tuple(v) if isinstance(v, list) else v) != getattr(saved, k)]
-    if changed:
-        raise UserError(f"--resume: these would change the result of {folder}: {', '.join(changed)}; leave them out")
-    last = folder / "last.pt"
-    checkpoint = load_model(last)[1] if last.exists() else None
-    if checkpoint and "history" not in checkpoint:
-        raise UserError(f"--resume: {last} is not a checkpoint of this run; put the run's own back")
-    return dataclasses.replace(saved, **{k: v for k, v in given.items() if k in FREE}), checkpoint
-
-
-def run(settings):
-    """Train as the Settings say. Returns the history: one dict an epoch, as in metrics.jsonl (README, "Metrics").
-
-    Raises UserError for whatever the user can mend.
-    """
-    s, checkpoint = open_run(settings)
-    folder, device = Path(s.run_dir), pick_device(s.device)
-    s = dataclasses.replace(s, amp=amp_by_default(device) if s.amp is None else s.amp)
-    data = load(s.dataset, s.data_dir, s.image_size, evaluate=s.evaluate)
-    if device.type == "cuda":                                  # elsewhere the views are made on the CPU
-        data.train, data.test = (tuple(t.to(device) for t in part) for part in (data.train, data.test))
-    n, C = len(data.train[1]), len(data.classes)
-    if s.batch_size > n:
-        raise UserError(f"--batch-size {s.batch_size}: there are only {n} training images; give a smaller one")
-    teacher, digest = get_teacher(s, data, device) if s.teacher else (None, None)
-
-    torch.manual_seed(s.seed)
-    student = create_model(s.student, C, s.image_size).to(device, memory_format=torch.channels_last)
-    optimizer = make_optimizer(s, student)
-    autocast, scaler = mixed_precision(device, s.amp)
-    history = []
-    if checkpoint:
-        check_fits(folder / "last.pt", checkpoint, student, data)
-        if checkpoint["teacher_digest"] != digest:
-            raise UserError(f"--resume: {folder} was trained with another {s.teacher} teacher; give its --teacher-checkpoint")
-        student.load_state_dict(checkpoint["model"])
-        optimizer.load_state_dict(checkpoint["optimizer"])
-        if checkpoint["scaler"]:                               # empty from a run without float16
-            scaler.load_state_dict(checkpoint["scaler"])
-        history = checkpoint["history"]
-
-    print(f"data      {s.dataset}: {n} training and {len(data.test[1])} {PARTS[s.evaluate]} images, {C} classes, {s.image_size} px")
-    print(in_words(s))
-    print(f"device    {device.type}, {'mixed precision (' + str(autocast.fast_dtype)[6:] + ')' if s.amp else 'float32'}; run folder {folder}")
-    if s.batch_size != 64 and settings.lr is None and s.optimizer == "sgd":
-        print(f"note      batch {s.batch_size} is not the recipe's 64; linear scaling would give --lr {s.lr * s.batch_size / 64:g} "
-              f"instead of {s.lr:g} (not applied)")
-    with lock(folder):
-        train_in(folder, s, data, student, teacher, digest, optimizer, scaler, autocast, history)
-    print(f"\nlast epoch {history[-1][s.evaluate + '_top1']:.2f} %, best {history[-1]['best_top1']:.2f} % (selected on {s.evaluate}); python eval.py {folder / 'last.pt'}")
-    return history
-
-
-def train_in(folder, s, data, student, teacher, digest, optimizer, scaler, autocast, history):
-    """The epochs that `history` lacks. What is in the folder is whole at any moment: each file is renamed into place."""
-    for left_over in folder.glob("*.tmp"):                     # of a process that was killed while writing
-        left_over.unlink()
-    device = next(student.parameters()).device
-    if not s.resume:
-        if (folder / "config.json").exists():
-            raise UserError(f"--run-dir {folder}: another process has just put a run there; give another")
-        write_json(folder / "config.json", dataclasses.asdict(s))        # first: with it the run can be resumed
-    if not (folder / "env.json").exists():
-        write_json(folder / "env.json", environment(device) | dict(teacher_digest=digest))
-    print("swap%     rows whose top class is not the label: of the teacher on weak (Tw) and strong (Ts) views, of the student (S)")
-    print("\n" + header(s.evaluate))
-
-    objective, network = make_objective(s), compiled(student, device) if s.compile else student
-    try:
-        for epoch in range(len(history) + 1, s.epochs + 1):
-            start = time.perf_counter()
-            sums, skipped = train_epoch(s, epoch, network, teacher, objective, data, optimizer, scaler, autocast)
-            seconds = time.perf_counter() - start
-            if not all(v.isfinite().all() for v in student.state_dict().values()):
-                raise UserError(f"epoch {epoch}: the weights are not finite any more; what was saved still loads; try a smaller --lr")
-            measured = measure(predict(student, data.test[0], data.mean, data.std), data.test[1])
-            losses_ = {k: v for k, v in sums.items() if k.startswith("loss_")}
-            swaps = {k: 100 * v for k, v in sums.items() if k.startswith("swap_teacher")}
-            wrong = [v for k, v in sums.items() if k.startswith("swap_student")]
-            best = max([row["best_top1"] for row in history] + [measured["top1"]])
-            row = dict(epoch=epoch, lr=optimizer.param_groups[0]["lr"], loss=sum(losses_.values()), **losses_,
-                       train_top1=100 * (1 - sums["swap_student_weak"]), **{f"{s.evaluate}_{k}": measured[k] for k in ("top1", "top5", "nll")},
-                       best_top1=best, **swaps, swap_student=100 * sum(wrong) / len(wrong),
-                       skipped_steps=skipped, seconds=seconds, images_per_second=len(data.train[1]) / seconds)
-            saved = dict(architecture=s.student, image_size=s.image_size, dataset=s.dataset, data_dir=s.data_dir, classes=data.classes,
-                         mean=data.mean, std=data.std, method=s.method, seed=s.seed, epoch=epoch, evaluate=s.evaluate, top1=measured["top1"],
-                         model={k: v.cpu() for k, v in student.state_dict().items()})
-            if measured["top1"] == best:
-                write_checkpoint(folder / "best.pt", saved)
-            write_checkpoint(folder / "last.pt", saved | dict(optimizer=optimizer.state_dict(), scaler=scaler.state_dict(),
-                                                              teacher_digest=digest, history=history + [row]))
-            history.append(row)
-            write_metrics(folder, history)
-            print(epoch_line(row, s.evaluate), flush=True)
-        write_metrics(folder, history)                         # a resumed run may have nothing else left to do
-    except torch.OutOfMemoryError:
-        raise UserError(f"--batch-size {s.batch_size}: the memory of the GPU is full; try --batch-size {max(1, s.batch_size // 2)}")
-    except KeyboardInterrupt as stop:
-        stop.add_note(f"python train.py --resume --run-dir {shlex.quote(str(folder))} goes on after epoch {len(history)}")
-        raise
-    except OSError as error:
-        safe = f"epoch {len(history)} is safe: --resume --run-dir {folder} goes on after it" if (folder / "last.pt").exists() else "no epoch is saved there"
-        raise UserError(f"{folder}: cannot write epoch {len(history) + 1} ({error.strerror or error}); {safe}")
-
+# --- The command line -----------------------------------------------------------------------------
 
 def main():
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(description=__doc__,
+                                     formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.error = lambda message: parser.exit(2, f"train.py: {message}; see --help\n")
     for field in dataclasses.fields(Settings):
-        options = dict(field.metadata)
-        kind = options.pop("type")
-        if kind is bool:
-            action = "store_true" if field.name == "resume" else argparse.BooleanOptionalAction
-            parser.add_argument(flag(field.name), action=action, default=None, help=options["help"])
-        else:
-            parser.add_argument(flag(field.name), type=kind, **options)
+        options = {k: v for k, v in field.metadata.items() if k != "bounds"}
+        if options["type"] is bool:
+            options = dict(help=options["help"], action=argparse.BooleanOptionalAction)
+        parser.add_argument(flag(field.name), **options)
+    parser.add_argument("--run-dir", metavar="DIR",
+                        help="default runs/<dataset>-<method>-<student>-seed<seed>")
+    parser.add_argument("--resume", action="store_true",
+                        help="go on from DIR/last.pt, with the run's own settings")
 
-    def terminate(number, frame):
-        raise KeyboardInterrupt(128 + number)
+    # SIGTERM, with which clusters end a job, is then like Ctrl-C.
+    signal.signal(signal.SIGTERM, signal.default_int_handler)
     try:
-        settings = Settings(**vars(parser.parse_args()))
-        signal.signal(signal.SIGTERM, terminate)
-        run(settings)
+        given = vars(parser.parse_args())
+        run_dir, resume = given.pop("run_dir"), given.pop("resume")
+        run(Settings(**given), run_dir, resume)
     except UserError as error:
         parser.exit(2, f"train.py: {error}\n")
-    except OSError as error:                                   # a full disk, a folder without permission
-        parser.exit(2, f"train.py: {error.filename or 'the run folder'}: {error.strerror or error}\n")
-    except KeyboardInterrupt as stop:                          # Ctrl-C has no argument
+    except OSError as error:
+        # A full disk, a folder without permission.
+        where = error.filename or "the run folder"
+        parser.exit(2, f"train.py: {where}: {error.strerror or error}\n")
+    except KeyboardInterrupt as stop:
         note = getattr(stop, "__notes__", ["nothing was saved yet"])[0]
-        parser.exit(stop.args[0] if stop.args else 130, f"\ntrain.py: interrupted; {note}\n")
+        parser.exit(130, f"\ntrain.py: interrupted; {note}\n")
 
 
 if __name__ == "__main__":

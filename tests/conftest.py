@@ -42,8 +42,7 @@ def colors(tmp_path_factory):
 def color_teacher(colors, tmp_path_factory):
     """A resnet8 trained on `colors`."""
     folder = tmp_path_factory.mktemp("runs") / "teacher"
-    train.run(train.Settings(method="ce", dataset="folder", data_dir=str(colors), image_size=16, student="resnet8",
-                             epochs=4, batch_size=16, device="cpu", run_dir=str(folder)))
+    train.run(train.Settings(method="ce", dataset="folder", data_dir=str(colors), image_size=16, student="resnet8", epochs=4, batch_size=16, device="cpu"), str(folder))
     return folder / "last.pt"
 
 

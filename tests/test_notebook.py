@@ -53,6 +53,7 @@ def small(tmp_path, monkeypatch):
     torch.nn.init.constant_(teacher.fc.bias[:1], 3)
     folder.mkdir(parents=True)
     (folder / "config.json").write_text('{"epochs": 1}')
+    (folder / "metrics.jsonl").write_text('{"epoch": 1, "test_top1": 50}\n')
     torch.save(dict(architecture="resnet14", epoch=1, model=teacher.state_dict()), folder / "last.pt")
     (tmp_path / "data").mkdir()
     np.savez(tmp_path / f"data/glyphs-{data.GLYPHS_VERSION}.npz", **dict(zip(("train_x", "train_y", "test_x", "test_y"), map(np.asarray, parts))))
