@@ -3,12 +3,9 @@
 forward takes normalised images (B, 3, H, W) and returns logits (B, num_classes), nothing else.
 The table of names stands at the bottom.
 """
-import copy
-
 import torch
 import torch.nn.functional as F
 from torch import nn
-from torch.nn.utils.fusion import fuse_conv_bn_eval
 
 
 # --- CIFAR ResNets (He et al., CVPR 2016, section 4.2) -------------------------------------------
@@ -175,15 +172,3 @@ def create_model(name, num_classes, image_size=32):
         raise ValueError(f"a classifier needs at least 2 classes, not {num_classes}")
     build, arguments = MODELS[name]
     return build(num_classes, image_size, **arguments)
-
-
-def fold_batch_norm(network):
-    """A copy of a network in eval mode, each batch norm folded into the convolution before it: the same
-    function up to rounding, for a teacher, which is only ever read."""
-    network = copy.deepcopy(network)
-    for module in network.modules():
-        for conv, norm in (("conv1", "bn1"), ("conv2", "bn2"), ("0", "1"), ("3", "4")):      # numbers: of a Sequential
-            if isinstance(getattr(module, norm, None), nn.BatchNorm2d):
-                setattr(module, conv, fuse_conv_bn_eval(getattr(module, conv), getattr(module, norm)))
-                setattr(module, norm, nn.Identity())
-    return network

@@ -30,7 +30,7 @@ from tqdm import tqdm
 import losses
 from data import DATASETS, SIDES, UserError, batches, load
 from eval import FREE, GONE, load_model, measure, predict, read_run
-from models import MODELS, create_model, fold_batch_norm
+from models import MODELS, create_model
 from swap import misclassified
 
 # --- Settings -------------------------------------------------------------------------------------
@@ -449,7 +449,7 @@ def get_teacher(s, data, device):
                         f"{floor:.2f} % ({chance}); give another --teacher-checkpoint")
     print(f"teacher   {s.teacher} from {path}: {top1:.2f} % {s.evaluate} top-1")
     weights = b"".join(v.cpu().numpy().tobytes() for v in teacher.state_dict().values())
-    return fold_batch_norm(teacher), hashlib.sha256(weights).hexdigest()
+    return teacher, hashlib.sha256(weights).hexdigest()
 
 
 def cached_teacher(s, data):
