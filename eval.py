@@ -4,13 +4,17 @@ A checkpoint of train.py needs no other flag. A foreign one needs --model, --dat
 Everything is measured in float32 on the test part, so the numbers are those of a CPU run's log.
 """
 import argparse
+import itertools
 import json
+import math
 import pickle
 import warnings
 from pathlib import Path
 
 import torch
 import torch.nn.functional as F
+from matplotlib.figure import Figure
+from matplotlib.lines import Line2D
 
 from data import DATASETS, UserError, load, normalize
 from models import MODELS, create_model
@@ -261,6 +265,55 @@ def table(folder, against=None):
     return "\n".join(lines)
 
 
+# --- Curves ---------------------------------------------------------------------------------------
+
+# Okabe and Ito's colours, distinct to colour-blind readers too.
+BLUE, ORANGE, GREEN, BLACK = "#0072B2", "#E69F00", "#009E73", "#222222"
+
+
+def plot(folders):
+    """Figure of the runs in `folders`, drawn over each other: the loss by term, top-1, and the share
+    of rows whose top class is not the label. Marked: gamma, after which the student swap joins, and
+    the drops of the learning rate. Raises UserError where `read_run` does."""
+    panels = {
+        "weighted loss": {"loss_ce": GREEN, "loss_teacher": BLUE, "loss_student": ORANGE},
+        "top-1, %": {"train_top1": BLACK, "val_top1": BLUE, "test_top1": BLUE},
+        "rows swapped, %": {"swap_teacher_weak": BLUE, "swap_teacher_strong": BLACK,
+                            "swap_student": ORANGE},
+    }
+    figure = Figure(figsize=(10, 3.4), dpi=120, layout="constrained")
+    axes = figure.subplots(1, 3)
+    styles = list(zip(map(Path, folders), itertools.cycle(("-", "--", ":", "-."))))
+    for folder, style in styles:
+        config, rows = read_run(folder)
+        epoch = [row["epoch"] for row in rows]
+        gamma, step = config.get("gamma"), config.get("schedule") == "step"
+        drops = [b["epoch"] for a, b in zip(rows, rows[1:]) if step and b["lr"] < 0.5 * a["lr"]]
+        for ax, (title, colours) in zip(axes, panels.items()):
+            for key in (key for key in colours if any(key in row for row in rows)):
+                values = [row.get(key, math.nan) for row in rows]
+                ax.plot(epoch, values, style, marker="." if len(rows) < 30 else "",
+                        color=colours[key], label=key)
+            if gamma is not None and gamma < len(rows):
+                ax.axvline(gamma + 0.5, color=ORANGE, lw=4, alpha=0.3, label="γ")
+            for drop in drops:
+                ax.axvline(drop - 0.5, color="grey", ls=":", lw=1, label="learning rate falls")
+            ax.set(xlabel="epoch", title=title)
+            ax.spines[["top", "right"]].set_visible(False)
+            ax.xaxis.get_major_locator().set_params(integer=True)
+            # A colour stands for the same in all runs.
+            shown = {line.get_label(): line for line in ax.lines}
+            ax.legend(shown.values(), shown.keys(), frameon=False, fontsize=7)
+    axes[0].set_yscale("log")
+    if len(styles) > 1:
+        lines = [Line2D([], [], color="grey", ls=style) for _, style in styles]
+        figure.legend(lines, [str(folder) for folder, _ in styles], loc="outside lower center",
+                      frameon=False, fontsize=7)
+    return figure
+
+
+# --- The command line -----------------------------------------------------------------------------
+
 def evaluate(args):
     """{metric: value} of the checkpoint, and of how it stands to a teacher, where one is given."""
     # Read twice, since the file says which data it has to fit.
@@ -297,16 +350,21 @@ def main():
     add("--json", action="store_true", help="print one JSON object")
     add("--table", metavar="DIR", help="print the results table of the runs DIR/<row>/<seed>")
     add("--against", metavar="ROW", help="compare each row with this one instead of the row above")
+    add("--plot", nargs="+", metavar="RUN", help="draw run folders over each other, into curves.png")
     args = parser.parse_args()
     try:
-        if bool(args.table) == bool(args.checkpoint):
-            raise UserError("give either a CHECKPOINT or --table DIR")
+        if sum(map(bool, (args.table, args.checkpoint, args.plot))) != 1:
+            raise UserError("give either a CHECKPOINT, or --table DIR, or --plot RUN")
         if args.teacher and not args.teacher_checkpoint:
             raise UserError("--teacher: names the network of --teacher-checkpoint; give both")
         if args.against and not args.table:
             raise UserError("--against: names a row of --table; give both")
         if args.table:
             print(table(args.table, args.against))
+            return
+        if args.plot:
+            plot(args.plot).savefig("curves.png")
+            print("drawn: curves.png")
             return
         report = evaluate(args)
     except UserError as error:

@@ -1,7 +1,8 @@
 """Train a student:  python train.py --method sld   (or kd, or ce, which has no teacher).
 
 Every setting is a flag; what is left out takes the recipe of the method and the data set. A run
-writes {config.json, env.json, metrics.jsonl, last.pt, best.pt} into runs/<name>. In a notebook:
+leaves config.json, env.json, metrics.jsonl, curves.png, last.pt and best.pt in runs/<name>. In a
+notebook:
     history = train.run(train.Settings(method="kd", epochs=2))
 """
 import argparse
@@ -29,7 +30,7 @@ from tqdm import tqdm
 
 import losses
 from data import DATASETS, SIDES, UserError, batches, load
-from eval import FREE, GONE, load_model, measure, predict, read_run
+from eval import FREE, GONE, load_model, measure, plot, predict, read_run
 from models import MODELS, create_model
 from swap import misclassified
 
@@ -344,6 +345,9 @@ def run(settings, run_dir=None, resume=False):
             print(epoch_line(row, s.evaluate), flush=True)
         # Here too, since a resumed run may have nothing else left to do.
         write_metrics(folder, history)
+        curves = io.BytesIO()
+        plot([folder]).savefig(curves)
+        write(folder / "curves.png", curves.getvalue())
     last, best = (history[-1][key] for key in (s.evaluate + "_top1", "best_top1"))
     print(f"\nlast epoch {last:.2f} %, best {best:.2f} % (selected on {s.evaluate}); "
           f"python eval.py {folder / 'last.pt'}")

@@ -124,3 +124,23 @@ def test_the_table_refuses_to_mix_experiments(tmp_path, command, change, culprit
     status, _, err = command(evaluation, "--table", tmp_path)
     assert status == 2 and culprit in err and "2-kd" in err and err.count("\n") == 1, err
     assert "1-kd" not in err
+
+
+def test_curves_show_what_the_logs_say(tmp_path, command, monkeypatch):
+    config = dict(gamma=1, schedule="step")
+    write_run(tmp_path / "a", [40, 60], **config)
+    write_run(tmp_path / "b", [50, 55, 80], **config)
+    for name in "ab":
+        path = tmp_path / name / "metrics.jsonl"
+        rows = [json.loads(line) | dict(lr=0.1 ** i, loss_ce=1 / (i + 1)) for i, line in enumerate(path.read_text().splitlines())]
+        path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    loss, top1, _ = evaluation.plot([tmp_path / "a", tmp_path / "b"]).axes
+    drawn = {name: [list(line.get_ydata()) for line in ax.lines if line.get_label() == name]
+             for ax, name in ((loss, "loss_ce"), (top1, "test_top1"))}
+    assert drawn == {"loss_ce": [[1, 1 / 2], [1, 1 / 2, 1 / 3]], "test_top1": [[40, 60], [50, 55, 80]]}
+    marks = [(line.get_label(), line.get_xdata()[0]) for line in top1.lines if line.get_label() != "test_top1"]
+    assert marks == [("γ", 1.5), ("learning rate falls", 1.5), ("γ", 1.5), ("learning rate falls", 1.5), ("learning rate falls", 2.5)]
+    monkeypatch.chdir(tmp_path)
+    assert command(evaluation, "--plot", "a", "b")[0] == 0 and (tmp_path / "curves.png").read_bytes()[:4] == b"\x89PNG"
+    status, _, err = command(evaluation, "--plot", "c")
+    assert status == 2 and err.startswith("eval.py: c: ") and err.count("\n") == 1

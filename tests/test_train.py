@@ -88,7 +88,8 @@ def test_a_run_folder_describes_itself(short):
         checkpoint = torch.load(f"run/{name}", weights_only=True)
         assert set(checkpoint["model"]) == set(train.create_model("resnet8", 3).state_dict())
     import os
-    assert sorted(os.listdir("run")) == ["best.pt", "config.json", "env.json", "last.pt", "lock", "metrics.jsonl"]
+    assert sorted(os.listdir("run")) == ["best.pt", "config.json", "curves.png", "env.json", "last.pt",
+                                         "lock", "metrics.jsonl"]
 
 
 def test_val_measures_on_a_tenth_that_is_not_trained_on(short, colors, command):
