@@ -1,8 +1,8 @@
 """The images: three data sets held in memory as uint8, and the weak and strong views of them.
 
 images: (N, 3, S, S) uint8 RGB; labels: (N,) int64. Every random draw of an epoch comes from one
-CPU generator that is a function of (seed, epoch), so the views are the same on every device, nothing
-needs a worker process, and a resumed run needs no random state.
+CPU generator that is a function of (seed, epoch), so the views are the same on every device,
+nothing needs a worker process, and a resumed run needs no random state.
 """
 import dataclasses
 import math
@@ -28,9 +28,10 @@ class UserError(ValueError):
 
 @dataclasses.dataclass
 class Dataset:
-    """train and test: (images, labels), train is None where only the test part was asked for; test is
-    the part that is measured, held out of the training images where evaluate="val".
-    classes: the C class names. mean, std: of RGB in [0, 1]. flip: whether a mirror image keeps its class."""
+    """train and test: (images, labels), train is None where only the test part was asked for; test
+    is the part that is measured, held out of the training images where evaluate="val".
+    classes: the C class names. mean, std: of RGB in [0, 1]. flip: whether a mirror image keeps its
+    class."""
     train: tuple
     test: tuple
     classes: list
@@ -45,15 +46,18 @@ class Dataset:
 # take one magnitude for a whole batch, and some round differently from Pillow.
 
 def warp(images, matrix):
-    """Pillow's Image.transform(AFFINE, NEAREST), black fill. matrix (B, 6), float64, takes the centre
-    of an output pixel to the input: x' = a x + b y + c, y' = d x + e y + f. 16.16 fixed point, as there."""
+    """Pillow's Image.transform(AFFINE, NEAREST), black fill. matrix (B, 6), float64, takes the
+    centre of an output pixel to the input: x' = a x + b y + c, y' = d x + e y + f. 16.16 fixed
+    point, as there."""
     B, _, H, W = images.shape
     a, b, c, d, e, f = matrix.to(torch.float64).unbind(1)
     fixed = torch.stack([a, b, c + (a + b) / 2, d, e, f + (d + e) / 2], 1)
-    a, b, c, d, e, f = (fixed * 65536 + 0.5).floor().to(torch.int32).to(images.device)[..., None, None].unbind(1)
+    fixed = (fixed * 65536 + 0.5).floor().to(torch.int32).to(images.device)
+    a, b, c, d, e, f = fixed[..., None, None].unbind(1)
     y, x = (torch.arange(n, dtype=torch.int32, device=images.device) for n in (H, W))
     x, y = x[None, None, :], y[None, :, None]
-    u, v = (a * x + b * y + c) >> 16, (d * x + e * y + f) >> 16          # (B, H, W) source column, row
+    # Source column and row.
+    u, v = (a * x + b * y + c) >> 16, (d * x + e * y + f) >> 16                   # (B, H, W)
     inside = (u >= 0) & (u < W) & (v >= 0) & (v < H)
     index = torch.where(inside, v * W + u, 0).long().view(B, 1, H * W).expand(-1, 3, -1)
     out = images.flatten(2).gather(2, index).view(B, 3, H, W)
@@ -82,13 +86,20 @@ def autocontrast(images, _):
     flat = images.flatten(2)
     low, high = (v[..., None].double() for v in (flat.amin(2), flat.amax(2)))            # (B, 3, 1)
     level = torch.arange(256, dtype=torch.float64, device=images.device)
-    scale = torch.full_like(low, 255) / (high - low).clamp(min=1)   # 255 / x is 255 * (1 / x) in torch
+    # Not 255 / x, which torch computes as 255 * (1 / x).
+    scale = torch.full_like(low, 255) / (high - low).clamp(min=1)
     table = (level * scale - low * scale).trunc().clamp(0, 255)
     return _lookup(images, torch.where(high > low, table, level).byte())
 
 
 def equalize(images, _):
-    return v2.functional.equalize(images)                      # the one operation that torchvision has bit-equal to Pillow
+    # The one operation that torchvision has bit-equal to Pillow.
+    return v2.functional.equalize(images)
+
+
+def _per_image(numbers, images):
+    """(B,) float or uint8 numbers as (B, 1, 1, 1), on the images' device."""
+    return numbers.to(images.device)[:, None, None, None]
 
 
 def _grey(images):
@@ -99,8 +110,8 @@ def _grey(images):
 
 def _blend(degenerate, images, factor):
     """Pillow's Image.blend for 0 <= factor <= 1: 0 gives `degenerate`, 1 the image itself."""
-    degenerate = degenerate.float()
-    return (degenerate + factor.float().to(images.device)[:, None, None, None] * (images - degenerate)).byte()
+    degenerate, factor = degenerate.float(), _per_image(factor.float(), images)
+    return (degenerate + factor * (images - degenerate)).byte()
 
 
 def brightness(images, factor):
@@ -128,11 +139,11 @@ def sharpness(images, factor):
 
 def posterize(images, bits):
     mask = 256 - 2 ** (8 - bits.floor())
-    return images & mask.byte().to(images.device)[:, None, None, None]
+    return images & _per_image(mask.byte(), images)
 
 
 def solarize(images, threshold):
-    return torch.where(images < threshold.float().to(images.device)[:, None, None, None], images, 255 - images)
+    return torch.where(images < _per_image(threshold.float(), images), images, 255 - images)
 
 
 # RandAugment of FixMatch: name -> (lowest magnitude, highest, operation). A geometric one gives a
@@ -160,7 +171,7 @@ GREY = (125, 123, 114)
 
 
 def randaugment(images, ops, magnitudes):
-    """Apply operation number ops[i] of OPS, at its magnitude, to image i. ops, magnitudes: (B,), CPU."""
+    """Apply operation number ops[i] of OPS, at its magnitude, to image i. Both (B,), on the CPU."""
     images, size = images.clone(), images.shape[-1]
     rows, matrices = [], []
     for number, (name, (low, high, op)) in enumerate(OPS.items()):
@@ -232,8 +243,8 @@ def normalize(images, mean, std):
 
 
 def batches(dataset, batch_size, views, seed, epoch):
-    """One epoch of (list of views, labels), shuffled; the tail is kept. views: "weak", or "both" for
-    weak and strong, with crop and flip drawn anew. A view: (B, 3, S, S) float32, normalised.
+    """One epoch of (list of views, labels), shuffled; the tail is kept. views: "weak", or "both"
+    for weak and strong, with crop and flip drawn anew. A view: (B, 3, S, S) float32, normalised.
 
     Views are made for many batches at once, on the images' device: small batches would spend their
     time starting operations."""
@@ -253,9 +264,9 @@ def batches(dataset, batch_size, views, seed, epoch):
             yield [view[at:at + batch_size] for view in made], labels[rows[at:at + batch_size]]
 
 
-# --- glyphs: the embedded default -------------------------------------------------------------------
-# Characters drawn with the fonts that ship with matplotlib. Case pairs that look alike are one class,
-# so that a person can tell all 47 apart.
+# --- glyphs: the embedded default -----------------------------------------------------------------
+# Characters drawn with the fonts that ship with matplotlib. Case pairs that look alike are one
+# class, so that a person can tell all 47 apart.
 
 GLYPHS = ("0Oo 1 2 3 4 5 6 7 8 9 Cc Jj Kk Mm Pp Ss Uu Vv Ww Xx Yy Zz Il L i "
           "A a B b D d E e F f G g H h N n Q q R r T t").split()
@@ -279,15 +290,17 @@ def _masks():
         for character in "".join(GLYPHS):
             canvas = Image.new("L", (48, 48))
             left, top, right, bottom = font.getbbox(character)
-            ImageDraw.Draw(canvas).text((24 - (left + right) / 2, 24 - (top + bottom) / 2), character, 255, font)
+            ImageDraw.Draw(canvas).text((24 - (left + right) / 2, 24 - (top + bottom) / 2),
+                                        character, 255, font)
             masks.append(np.asarray(canvas))
     masks = torch.from_numpy(np.stack(masks)).float() / 255
     return masks.view(len(FONTS), -1, 48, 48)
 
 
 def render_glyphs(n, seed):
-    """n images (n, 3, S, S) uint8 and labels (n,): light characters at random font, colour, rotation,
-    shear, scale and place, on a darker gradient with fragments of other characters and noise."""
+    """n images (n, 3, S, S) uint8 and labels (n,): light characters at random font, colour,
+    rotation, shear, scale and place, on a darker gradient with fragments of other characters and
+    noise."""
     S, g = GLYPHS_SIZE, torch.Generator().manual_seed(seed)
     masks = _masks()
     first = torch.tensor([sum(map(len, GLYPHS[:k])) for k in range(len(GLYPHS))])
@@ -297,7 +310,7 @@ def render_glyphs(n, seed):
         return low + (high - low) * torch.rand(*shape, generator=g)
 
     def place(character, radius):
-        """Coverage (n, 1, S, S) of a character, its centre `radius` half-sides away from the middle."""
+        """Coverage (n, 1, S, S) of a character, `radius` half-sides away from the middle."""
         font = torch.randint(len(FONTS), (n,), generator=g)
         turn, shear = uniform(-ROTATION, ROTATION, n) * math.pi / 180, uniform(-0.3, 0.3, n)
         zoom_x, zoom_y = uniform(*ZOOM, n), uniform(*ZOOM, n)
@@ -306,15 +319,19 @@ def render_glyphs(n, seed):
         inverse = torch.stack([torch.stack([cos, sin + shear * cos], 1) / zoom_x[:, None],
                                torch.stack([-sin, cos - shear * sin], 1) / zoom_y[:, None]], 1)
         shift = -(inverse @ torch.stack([x, y], 1)[..., None])
-        grid = F.affine_grid(torch.cat([inverse, shift], 2), (n, 1, 2 * S, 2 * S), align_corners=False)
+        grid = F.affine_grid(torch.cat([inverse, shift], 2), (n, 1, 2 * S, 2 * S),
+                             align_corners=False)
         cover = F.grid_sample(masks[font, character][:, None], grid, align_corners=False)
-        return F.avg_pool2d(cover, 2)                          # drawn at twice the size, so that thin strokes do not break
+        # Drawn at twice the size, so that thin strokes do not break.
+        return F.avg_pool2d(cover, 2)
 
     labels = torch.randint(len(GLYPHS), (n,), generator=g)
     character = first[labels] + (torch.rand(n, generator=g) * count[labels]).long()
-    angle, (y, x) = uniform(0, 2 * math.pi, n), torch.meshgrid(*[torch.linspace(-1, 1, S)] * 2, indexing="ij")
+    angle, side = uniform(0, 2 * math.pi, n), torch.linspace(-1, 1, S)
+    y, x = torch.meshgrid(side, side, indexing="ij")
     along = 0.5 + 0.35 * (angle.cos()[:, None, None] * x + angle.sin()[:, None, None] * y)[:, None]
-    images = torch.lerp(uniform(0, 0.45, n, 3, 1, 1), uniform(0, 0.45, n, 3, 1, 1), along.clamp(0, 1))
+    images = torch.lerp(uniform(0, 0.45, n, 3, 1, 1), uniform(0, 0.45, n, 3, 1, 1),
+                        along.clamp(0, 1))
     for _ in range(DISTRACTORS):
         other, angle = torch.randint(masks.shape[1], (n,), generator=g), uniform(0, 2 * math.pi, n)
         away = uniform(*AWAY, n)
@@ -327,30 +344,34 @@ def render_glyphs(n, seed):
     return (images.clamp(0, 1) * 255).round().byte(), labels
 
 
-# --- Loading ----------------------------------------------------------------------------------------
+# --- Loading --------------------------------------------------------------------------------------
 
-CIFAR = {                                                      # C, mean and std as published
+# C, mean and std as published.
+CIFAR = {
     "cifar10": (10, (0.4914, 0.4822, 0.4465), (0.2470, 0.2435, 0.2616)),
     "cifar100": (100, (0.5071, 0.4867, 0.4408), (0.2675, 0.2565, 0.2761)),
 }
-SIDES = {"glyphs": GLYPHS_SIZE, "cifar10": 32, "cifar100": 32, "folder": 64}       # pixels; a folder's can be chosen
+# In pixels; a folder's can be chosen.
+SIDES = {"glyphs": GLYPHS_SIZE, "cifar10": 32, "cifar100": 32, "folder": 64}
 DATASETS = tuple(SIDES)
 
 
 def load(name, data_dir="data", image_size=None, train=True, statistics=None, evaluate="test"):
     """The data set as a Dataset on the CPU.
 
-    name: one of DATASETS. data_dir: the folder of images for "folder", else where the set is cached,
-    or stands as an image folder. image_size: side in pixels, for "folder" (64). train=False leaves the
-    training part out. statistics: (mean, std) to use instead of the data set's own. evaluate="val"
-    puts a tenth of the training images, which then is not trained on, in place of the test part.
+    name: one of DATASETS. data_dir: the folder of images for "folder", else where the set is
+    cached, or stands as an image folder. image_size: side in pixels, for "folder" (64). train=False
+    leaves the training part out. statistics: (mean, std) to use instead of the data set's own.
+    evaluate="val" puts a tenth of the training images, which then is not trained on, in place of
+    the test part.
     Raises UserError for whatever the user can mend.
     """
     if evaluate == "val":
         return hold_out(load(name, data_dir, image_size, statistics=statistics))
     root = Path(data_dir)
     if name != "folder" and image_size not in (None, SIDES[name]):
-        raise UserError(f"--image-size {image_size}: {name} has {SIDES[name]}-pixel images; leave the flag out")
+        raise UserError(f"--image-size {image_size}: {name} has {SIDES[name]}-pixel images; leave "
+                        "the flag out")
     if name == "glyphs":
         return _load_glyphs(root, train)
     if name == "folder" or (root / "train").is_dir() and (root / "test").is_dir():
@@ -359,27 +380,32 @@ def load(name, data_dir="data", image_size=None, train=True, statistics=None, ev
         return _load_folder(root, image_size or SIDES[name], train, statistics, expected)
     try:
         with warnings.catch_warnings(action="ignore"):
-            parts = [getattr(datasets, name.upper())(root, train=part, download=True) for part in (True, False)]
+            parts = [getattr(datasets, name.upper())(root, train=part, download=True)
+                     for part in (True, False)]
     except (urllib.error.URLError, OSError, RuntimeError) as error:
-        raise UserError(f"--dataset {name}: not under --data-dir {root}, and the download failed ({error}); put "
-                        f"it there as train/<class>/ and test/<class>/ image folders, or try again online")
+        raise UserError(f"--dataset {name}: not under --data-dir {root}, and the download failed "
+                        f"({error}); put it there as train/<class>/ and test/<class>/ image "
+                        "folders, or try again online")
     train_part, test_part = ((torch.from_numpy(p.data).permute(0, 3, 1, 2).contiguous(),
                               torch.tensor(p.targets)) for p in parts)
-    return Dataset(train_part if train else None, test_part, parts[0].classes, *CIFAR[name][1:], flip=True)
+    return Dataset(train_part if train else None, test_part, parts[0].classes, *CIFAR[name][1:],
+                   flip=True)
 
 
 def hold_out(dataset):
-    """The Dataset with a seeded tenth of its training images, at least one, as the part that is measured."""
+    """The Dataset that measures on a seeded tenth of its training images, at least one."""
     images, labels = dataset.train
     order = torch.randperm(len(labels), generator=torch.Generator().manual_seed(0))
     val, train = order.split([max(1, len(order) // 10), len(order) - max(1, len(order) // 10)])
-    return dataclasses.replace(dataset, train=(images[train], labels[train]), test=(images[val], labels[val]))
+    return dataclasses.replace(dataset, train=(images[train], labels[train]),
+                               test=(images[val], labels[val]))
 
 
 def _statistics(images):
     """Mean and std of each channel in [0, 1], from exact counts of the 256 levels."""
     level = torch.arange(256, dtype=torch.float64) / 255
-    share = torch.stack([torch.bincount(images[:, c].flatten(), minlength=256) for c in range(3)]).double()
+    count = [torch.bincount(images[:, c].flatten(), minlength=256) for c in range(3)]
+    share = torch.stack(count).double()
     share /= share.sum(1, keepdim=True)
     mean = share @ level
     std = (share @ level.square() - mean.square()).clamp(min=1e-6).sqrt()
@@ -387,29 +413,31 @@ def _statistics(images):
 
 
 def _load_glyphs(root, train):
-    path = root / f"glyphs-{GLYPHS_VERSION}.npz"
+    path, names = root / f"glyphs-{GLYPHS_VERSION}.npz", ("train_x", "train_y", "test_x", "test_y")
     try:
         with np.load(path) as cached:
-            arrays = [torch.from_numpy(cached[k]) for k in ("train_x", "train_y", "test_x", "test_y")]
-    except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile):   # not there yet, or damaged
+            arrays = [torch.from_numpy(cached[name]) for name in names]
+    # Not there yet, or damaged.
+    except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile):
         print(f"rendering the glyphs data set into {path}", flush=True)
         arrays = [*render_glyphs(GLYPHS_TRAIN, seed=1), *render_glyphs(GLYPHS_TEST, seed=2)]
         root.mkdir(parents=True, exist_ok=True)
-        named = dict(zip(("train_x", "train_y", "test_x", "test_y"), map(torch.Tensor.numpy, arrays)))
         temporary = path.with_name(f"{path.name}.{os.getpid()}.tmp.npz")
-        np.savez(temporary, **named)
+        np.savez(temporary, **dict(zip(names, map(torch.Tensor.numpy, arrays))))
         os.replace(temporary, path)
     mean, std = _statistics(arrays[0])
     # A mirrored character is another character, or none.
-    return Dataset(tuple(arrays[:2]) if train else None, tuple(arrays[2:]), GLYPHS, mean, std, flip=False)
+    return Dataset(tuple(arrays[:2]) if train else None, tuple(arrays[2:]), GLYPHS, mean, std,
+                   flip=False)
 
 
 def _read_image(path, size):
-    """(size, size, 3) uint8 of any image file: first frame, upright, 16 bits scaled to 8, squeezed square."""
+    """(size, size, 3) uint8 of an image file: first frame, upright, 8 bits, squeezed square."""
     try:
         with Image.open(path) as image:
             image = ImageOps.exif_transpose(image)
-            if image.mode.startswith("I"):                     # convert("RGB") would clip 16 bits to white
+            # Of 16 bits: convert("RGB") would clip them to white.
+            if image.mode.startswith("I"):
                 image = Image.fromarray((np.asarray(image).clip(0, 65535) // 256).astype(np.uint8))
             image = image.convert("RGB")
             if image.size != (size, size):
@@ -423,7 +451,8 @@ def _read_image(path, size):
 def _scan(folder, classes=None):
     """(paths, labels, classes) of an image folder; classes fixes the label order."""
     Image.init()
-    endings = tuple(end for end, form in Image.registered_extensions().items() if form in Image.OPEN)
+    endings = tuple(end for end, form in Image.registered_extensions().items()
+                    if form in Image.OPEN)
     try:
         found = datasets.DatasetFolder(folder, loader=None, extensions=endings)
     except FileNotFoundError as error:
@@ -435,33 +464,41 @@ def _scan(folder, classes=None):
     if extra:
         raise UserError(f"{folder}: class {extra[0]!r} has no folder in the training part")
     label = {name: i for i, name in enumerate(classes or found.classes)}
-    return ([path for path, _ in found.samples], [label[found.classes[k]] for _, k in found.samples],
+    return ([path for path, _ in found.samples],
+            [label[found.classes[k]] for _, k in found.samples],
             classes or found.classes)
 
 
 def _load_folder(root, image_size, train, statistics, expected):
     if not root.is_dir():
-        raise UserError(f"--data-dir {root}: no such folder; it should hold train/<class>/ and val/<class>/ or test/<class>/")
+        raise UserError(f"--data-dir {root}: no such folder; it should hold train/<class>/ and "
+                        "val/<class>/ or test/<class>/")
     test_folder = next((root / part for part in ("val", "test") if (root / part).is_dir()), None)
     if not (root / "train").is_dir() or test_folder is None:
-        raise UserError(f"--data-dir {root}: should hold train/<class>/ and val/<class>/ or test/<class>/")
+        raise UserError(f"--data-dir {root}: should hold train/<class>/ and val/<class>/ or "
+                        "test/<class>/")
     train_paths, train_labels, classes = _scan(root / "train")
     if expected not in (None, len(classes)):
-        raise UserError(f"--data-dir {root}: {len(classes)} classes in train/, where the data set has {expected}")
+        raise UserError(f"--data-dir {root}: {len(classes)} classes in train/, where the data set "
+                        f"has {expected}")
     if len(classes) < 2:
-        raise UserError(f"{root / 'train'}: only one class, {classes[0]!r}; a classifier needs at least 2")
+        raise UserError(f"{root / 'train'}: only one class, {classes[0]!r}; a classifier needs "
+                        "at least 2")
     test_paths, test_labels, _ = _scan(test_folder, classes)
 
     train = train or statistics is None
     need = (len(test_paths) + (len(train_paths) if train else 0)) * 3 * image_size ** 2
-    memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") if hasattr(os, "sysconf") else 2 ** 36
+    known = hasattr(os, "sysconf")
+    memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") if known else 2 ** 36
     if need > 0.7 * memory:
-        raise UserError(f"--image-size {image_size}: the images need {need / 2 ** 30:.1f} GiB and this machine has "
+        raise UserError(f"--image-size {image_size}: the images need {need / 2 ** 30:.1f} GiB and "
+                        f"this machine has "
                         f"{memory / 2 ** 30:.1f} GiB; give a smaller --image-size")
 
     def read(paths, labels):
         images = np.empty((len(paths), 3, image_size, image_size), np.uint8)
-        with warnings.catch_warnings(action="ignore"), ThreadPoolExecutor() as pool:   # Pillow decodes without the GIL
+        # Pillow decodes without the GIL.
+        with warnings.catch_warnings(action="ignore"), ThreadPoolExecutor() as pool:
             for i, image in enumerate(pool.map(lambda path: _read_image(path, image_size), paths)):
                 images[i] = image.transpose(2, 0, 1)
         return torch.from_numpy(images), torch.tensor(labels)

@@ -272,9 +272,9 @@ BLUE, ORANGE, GREEN, BLACK = "#0072B2", "#E69F00", "#009E73", "#222222"
 
 
 def plot(folders):
-    """Figure of the runs in `folders`, drawn over each other: the loss by term, top-1, and the share
-    of rows whose top class is not the label. Marked: gamma, after which the student swap joins, and
-    the drops of the learning rate. Raises UserError where `read_run` does."""
+    """Figure of the runs in `folders`, drawn over each other: the loss by term, top-1, and the
+    share of rows whose top class is not the label. Marked: gamma, after which the student swap
+    joins, and the drops of the learning rate. Raises UserError where `read_run` does."""
     panels = {
         "weighted loss": {"loss_ce": GREEN, "loss_teacher": BLUE, "loss_student": ORANGE},
         "top-1, %": {"train_top1": BLACK, "val_top1": BLUE, "test_top1": BLUE},
@@ -290,7 +290,7 @@ def plot(folders):
         gamma, step = config.get("gamma"), config.get("schedule") == "step"
         drops = [b["epoch"] for a, b in zip(rows, rows[1:]) if step and b["lr"] < 0.5 * a["lr"]]
         for ax, (title, colours) in zip(axes, panels.items()):
-            for key in (key for key in colours if any(key in row for row in rows)):
+            for key in [key for key in colours if any(key in row for row in rows)]:
                 values = [row.get(key, math.nan) for row in rows]
                 ax.plot(epoch, values, style, marker="." if len(rows) < 30 else "",
                         color=colours[key], label=key)
@@ -350,7 +350,7 @@ def main():
     add("--json", action="store_true", help="print one JSON object")
     add("--table", metavar="DIR", help="print the results table of the runs DIR/<row>/<seed>")
     add("--against", metavar="ROW", help="compare each row with this one instead of the row above")
-    add("--plot", nargs="+", metavar="RUN", help="draw run folders over each other, into curves.png")
+    add("--plot", nargs="+", metavar="RUN", help="draw runs over each other, into curves.png")
     args = parser.parse_args()
     try:
         if sum(map(bool, (args.table, args.checkpoint, args.plot))) != 1:

@@ -7,7 +7,6 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-
 # --- CIFAR ResNets (He et al., CVPR 2016, section 4.2) -------------------------------------------
 
 class BasicBlock(nn.Module):
@@ -67,9 +66,10 @@ class ResNet(nn.Module):
 # --- ViT (Dosovitskiy et al., ICLR 2021) ---------------------------------------------------------
 
 class Block(nn.Module):
-    """Pre-norm transformer block, explicit so that attention can be read: nn.TransformerEncoderLayer
-    hides it, and its fast path computes something else in eval mode than in train mode; the backward
-    pass of F.scaled_dot_product_attention in bfloat16 on a CPU takes over half of a vit_nano's step."""
+    """Pre-norm transformer block, explicit so that attention can be read:
+    nn.TransformerEncoderLayer hides it, and its fast path computes something else in eval mode than
+    in train mode; the backward pass of F.scaled_dot_product_attention in bfloat16 on a CPU takes
+    over half of a vit_nano's step."""
 
     def __init__(self, dim, heads):
         super().__init__()
@@ -95,8 +95,8 @@ class Block(nn.Module):
 
 
 def patch_size(image_size):
-    """The largest patch that divides the image, at most 16 pixels and at most an eighth of the side or
-    4 pixels: 4 for 16 and 32 pixels, 8 for 64, 16 for 224."""
+    """The largest patch that divides the image, at most 16 pixels and at most an eighth of the side
+    or 4 pixels: 4 for 16 and 32 pixels, 8 for 64, 16 for 224."""
     if image_size % 8:
         raise ValueError(f"a ViT needs an image size that is a multiple of 8, not {image_size}")
     return max(p for p in range(1, 17) if image_size % p == 0 and p <= max(4, image_size // 8))
@@ -104,7 +104,8 @@ def patch_size(image_size):
 
 def conv_stem(dim, patch):
     """Strided 3x3 convolutions in place of the one big patch convolution (Xiao et al., "Early
-    Convolutions Help Transformers See Better", NeurIPS 2021): (B, 3, H, W) -> (B, dim, H/patch, W/patch)."""
+    Convolutions Help Transformers See Better", NeurIPS 2021).
+    (B, 3, H, W) -> (B, dim, H/patch, W/patch)."""
     layers, channels = [], 3
     while patch % 2 == 0:
         layers += [nn.Conv2d(channels, dim, 3, 2, 1, bias=False), nn.BatchNorm2d(dim), nn.ReLU()]
@@ -118,14 +119,17 @@ class ViT(nn.Module):
     def __init__(self, num_classes, image_size, dim, depth, heads, stem="patch"):
         super().__init__()
         patch = patch_size(image_size)
-        self.patch_embed = nn.Conv2d(3, dim, patch, patch) if stem == "patch" else conv_stem(dim, patch)
+        if stem == "patch":
+            self.patch_embed = nn.Conv2d(3, dim, patch, patch)
+        else:
+            self.patch_embed = conv_stem(dim, patch)
         self.cls_token = nn.Parameter(torch.zeros(1, 1, dim))
         self.pos_embed = nn.Parameter(torch.zeros(1, 1 + (image_size // patch) ** 2, dim))
         self.blocks = nn.Sequential(*[Block(dim, heads) for _ in range(depth)])
         self.norm = nn.LayerNorm(dim)
         self.head = nn.Linear(dim, num_classes)
-        # Xavier and distinct positions: with the usual std of 0.02 a narrow ViT hardly starts to learn
-        # in the few hundred steps of a small data set.
+        # Xavier and distinct positions: with the usual std of 0.02 a narrow ViT hardly starts to
+        # learn in the few hundred steps of a small data set.
         nn.init.trunc_normal_(self.cls_token, std=0.02)
         nn.init.trunc_normal_(self.pos_embed, std=0.5)
         if stem == "patch":
@@ -138,13 +142,14 @@ class ViT(nn.Module):
     def forward(self, x):                                     # (B, 3, H, W)
         x = self.patch_embed(x).flatten(2).transpose(1, 2)    # (B, N, D), N patches
         x = torch.cat([self.cls_token.expand(len(x), -1, -1), x], 1) + self.pos_embed  # (B, 1+N, D)
-        return self.head(self.norm(self.blocks(x))[:, 0])     # (B, num_classes), from the class token
+        return self.head(self.norm(self.blocks(x))[:, 0])               # (B, num_classes)
 
 
 # --- The table of names --------------------------------------------------------------------------
 
 _NARROW, _WIDE = (16, 16, 32, 64), (32, 64, 128, 256)
-MODELS = {                                                     # parameters with 100 classes, 32 px
+# Parameters with 100 classes, 32 px.
+MODELS = {
     "resnet8": (ResNet, dict(depth=8, widths=_NARROW)),
     "resnet14": (ResNet, dict(depth=14, widths=_NARROW)),
     "resnet20": (ResNet, dict(depth=20, widths=_NARROW)),
@@ -154,7 +159,8 @@ MODELS = {                                                     # parameters with
     "resnet110": (ResNet, dict(depth=110, widths=_NARROW)),
     "resnet8x4": (ResNet, dict(depth=8, widths=_WIDE)),
     "resnet32x4": (ResNet, dict(depth=32, widths=_WIDE)),
-    "vit_nano": (ViT, dict(dim=64, depth=4, heads=2, stem="conv")),   # with patches it stays near chance on 8,000 images
+    # With patches it stays near chance on the few images of glyphs.
+    "vit_nano": (ViT, dict(dim=64, depth=4, heads=2, stem="conv")),
     "vit_tiny": (ViT, dict(dim=192, depth=12, heads=3)),
     "vit_small": (ViT, dict(dim=384, depth=12, heads=6)),
 }
@@ -163,8 +169,9 @@ MODELS = {                                                     # parameters with
 def create_model(name, num_classes, image_size=32):
     """A freshly initialised network of the table above.
 
-    name: a key of MODELS. num_classes: C, at least 2. image_size: side in pixels; a ResNet takes any.
-    Raises ValueError for an unknown name, fewer than two classes, or a ViT whose patches do not fit.
+    name: a key of MODELS. num_classes: C, at least 2. image_size: side in pixels; a ResNet takes
+    any. Raises ValueError for an unknown name, fewer than two classes, or a ViT whose patches do
+    not fit.
     """
     if name not in MODELS:
         raise ValueError(f"unknown model {name!r}; choose one of {', '.join(MODELS)}")

@@ -1,4 +1,5 @@
-"""The idea of the paper, alone: when a prediction is wrong, exchange its top logit with the label's.
+"""The idea of the paper, alone: when a prediction is wrong, exchange its top logit with the
+label's.
 
 Source: Limantoro et al., "Swapped Logit Distillation via Bi-level Teacher Alignment", 2025.
 logits: (B, C), any float dtype, C >= 2. target: (B,) int64 class indices, 0 <= target < C; an index
@@ -13,7 +14,8 @@ def swap(logits, target):
     tensor([[2., 5., 9.]])                            # beaver and otter changed places, cat stayed
 
     A row is only permuted: the label ends largest, every other class keeps its probability, a row
-    that is already right stays, and swapping before or after softmax at any temperature is the same.
+    that is already right stays, and swapping before or after softmax at any temperature is the
+    same.
     """
     label = target[:, None]                                   # (B, 1)
     top = logits.argmax(1, keepdim=True)                      # (B, 1)
@@ -22,7 +24,8 @@ def swap(logits, target):
 
 
 def add_to_target(logits, target, omega):
-    """Ground-truth Addition (GA), the alternative that the paper rejects:  z_y += omega, on every row.
+    """Ground-truth Addition (GA), the alternative that the paper rejects:  z_y += omega, on every
+    row.
 
     omega: logit units. It changes every probability of the row, and no one knows its natural size.
     Returns (B, C).
@@ -32,5 +35,6 @@ def add_to_target(logits, target, omega):
 
 
 def misclassified(logits, target):
-    """(B,) bool: the label's logit is below the row's maximum, so a swap changes it. A tie is right."""
+    """(B,) bool: the label's logit is below the row's maximum, so a swap changes it. A tie is
+    right."""
     return logits.gather(1, target[:, None])[:, 0] < logits.amax(1)

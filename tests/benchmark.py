@@ -1,8 +1,10 @@
 """Speed, as ratios against the field's usual pipeline:  python tests/benchmark.py [--json FILE]
 
-That pipeline is written out plainly here: Pillow transforms in two DataLoader workers, float32, a teacher pass for each
-view, one KL call for each temperature, view and teacher, a host sync a step. The other side is train.py's own train_epoch.
-Both sides of a ratio are timed in turn in one process; figures are medians; a warm-up is left out. Let nothing else run.
+That pipeline is written out plainly here: Pillow transforms in two DataLoader workers, float32, a
+teacher pass for each view, one KL call for each temperature, view and teacher, a host sync a step.
+The other side is train.py's own train_epoch.
+Both sides of a ratio are timed in turn in one process; figures are medians; a warm-up is left out.
+Let nothing else run.
 """
 import argparse
 import contextlib
@@ -39,7 +41,8 @@ PAIRS = (("resnet20", "resnet8"), ("resnet56", "resnet20"))
 def seconds(work):
     torch.cuda.synchronize() if DEVICE.type == "cuda" else None
     start = time.perf_counter()
-    inside = work()                                            # a piece that leaves its own start-up out says how long it took
+    # A piece that leaves its own start-up out says how long it took.
+    inside = work()
     torch.cuda.synchronize() if DEVICE.type == "cuda" else None
     return inside if isinstance(inside, float) else time.perf_counter() - start
 
@@ -63,15 +66,19 @@ def threads(n):
     torch.set_num_threads(before)
 
 
-# --- The reference ------------------------------------------------------------------------------------
+# --- The reference --------------------------------------------------------------------------------
 
 def plain_loss(z_s, z_t, y, epoch=2, gamma=1):
-    """(S6) for one view, one KL call at a time. The swapped student carries gradient: log_target, or it turns NaN."""
+    """(S6) for one view, one KL call at a time. The swapped student carries gradient:
+    log_target, or it turns NaN."""
     total = 0.1 * F.cross_entropy(z_s, y)
     for T in TEMPERATURES:
-        total = total + 0.9 * T ** 2 * F.kl_div(F.log_softmax(z_s / T, 1), F.softmax(swap(z_t, y) / T, 1), reduction="batchmean")
+        total = total + 0.9 * T ** 2 * F.kl_div(F.log_softmax(z_s / T, 1),
+                                                F.softmax(swap(z_t, y) / T, 1),
+                                                reduction="batchmean")
         if epoch > gamma:
-            total = total + 0.9 * T ** 2 * F.kl_div(F.log_softmax(z_s / T, 1), F.log_softmax(swap(z_s, y) / T, 1),
+            total = total + 0.9 * T ** 2 * F.kl_div(F.log_softmax(z_s / T, 1),
+                                                    F.log_softmax(swap(z_s, y) / T, 1),
                                                     reduction="batchmean", log_target=True)
     return total
 
@@ -81,12 +88,16 @@ def enhance(kind):
 
 
 def affine(matrix):
-    return lambda image: image.transform(image.size, Image.Transform.AFFINE, matrix(np.random.uniform(-0.3, 0.3)))
+    return lambda image: image.transform(image.size, Image.Transform.AFFINE,
+                                         matrix(np.random.uniform(-0.3, 0.3)))
 
 
-PILLOW = [ImageOps.autocontrast, ImageOps.equalize, lambda image: image, enhance(ImageEnhance.Brightness), enhance(ImageEnhance.Color),
-          enhance(ImageEnhance.Contrast), enhance(ImageEnhance.Sharpness), lambda image: ImageOps.posterize(image, np.random.randint(4, 9)),
-          lambda image: ImageOps.solarize(image, np.random.randint(256)), lambda image: image.rotate(np.random.uniform(-30, 30)),
+PILLOW = [ImageOps.autocontrast, ImageOps.equalize, lambda image: image,
+          enhance(ImageEnhance.Brightness), enhance(ImageEnhance.Color),
+          enhance(ImageEnhance.Contrast), enhance(ImageEnhance.Sharpness),
+          lambda image: ImageOps.posterize(image, np.random.randint(4, 9)),
+          lambda image: ImageOps.solarize(image, np.random.randint(256)),
+          lambda image: image.rotate(np.random.uniform(-30, 30)),
           affine(lambda v: (1, v, 0, 0, 1, 0)), affine(lambda v: (1, 0, 0, v, 1, 0)),
           affine(lambda v: (1, 0, 32 * v, 0, 1, 0)), affine(lambda v: (1, 0, 0, 0, 1, 32 * v))]
 
@@ -95,23 +106,27 @@ def pillow_randaugment(image):
     for k in np.random.choice(len(PILLOW), 2):
         image = PILLOW[k](image)
     side, (x, y) = np.random.uniform(0, 16), np.random.uniform(0, 32, 2)
-    ImageDraw.Draw(image).rectangle((max(0, x - side / 2), max(0, y - side / 2), min(32, x + side / 2), min(32, y + side / 2)), data.GREY)
+    ImageDraw.Draw(image).rectangle((max(0, x - side / 2), max(0, y - side / 2),
+                                     min(32, x + side / 2), min(32, y + side / 2)), data.GREY)
     return image
 
 
 class PillowViews(torch.utils.data.Dataset):
     weak = v2.Compose([v2.RandomCrop(32, 4), v2.RandomHorizontalFlip()])
-    tensor = v2.Compose([v2.ToImage(), v2.ToDtype(torch.float32, scale=True), v2.Normalize(MEAN, STD)])
+    tensor = v2.Compose([v2.ToImage(), v2.ToDtype(torch.float32, scale=True),
+                         v2.Normalize(MEAN, STD)])
 
     def __init__(self, part):
-        self.images, self.labels = part[0].permute(0, 2, 3, 1).contiguous().numpy(), part[1].tolist()
+        self.images = part[0].permute(0, 2, 3, 1).contiguous().numpy()
+        self.labels = part[1].tolist()
 
     def __len__(self):
         return len(self.labels)
 
     def __getitem__(self, i):
         image = Image.fromarray(self.images[i])
-        return self.tensor(self.weak(image)), self.tensor(pillow_randaugment(self.weak(image))), self.labels[i]
+        weak, strong = self.weak(image), pillow_randaugment(self.weak(image))
+        return self.tensor(weak), self.tensor(strong), self.labels[i]
 
 
 def reference_epoch(loader, teacher, student, optimizer, leave_out=4):
@@ -134,17 +149,19 @@ def reference_epoch(loader, teacher, student, optimizer, leave_out=4):
     return sum(taken[leave_out:]) / len(taken[leave_out:])
 
 
-# --- Ours ---------------------------------------------------------------------------------------------
+# --- Ours -----------------------------------------------------------------------------------------
 
 def random_data(n, classes=100):
     g = torch.Generator().manual_seed(0)
-    part = torch.randint(256, (n, 3, 32, 32), dtype=torch.uint8, generator=g), torch.randint(classes, (n,), generator=g)
+    images = torch.randint(256, (n, 3, 32, 32), dtype=torch.uint8, generator=g)
+    part = images, torch.randint(classes, (n,), generator=g)
     part = tuple(t.to(DEVICE) for t in part)
     return data.Dataset(part, part, [str(k) for k in range(classes)], MEAN, STD, True)
 
 
 class Ours:
-    """What train.run builds around train_epoch, on random images; epoch() is one epoch, past gamma for sld."""
+    """What train.run builds around train_epoch, on random images; epoch() is one epoch, past
+    gamma for sld."""
 
     def __init__(self, pair, images, *, amp=None, objective=None, channels_last=True,
                  teacher=lambda network: network, **settings):
@@ -180,7 +197,7 @@ def open_null():
     return open("/dev/null" if sys.platform != "win32" else "nul", "w")
 
 
-# --- The tables ---------------------------------------------------------------------------------------
+# --- The tables -----------------------------------------------------------------------------------
 
 def peak_memory(work):
     """Most bytes of tensors alive at once while `work` runs, beyond those before it."""
@@ -195,12 +212,14 @@ def peak_memory(work):
         profile.export_chrome_trace(f"{folder}/trace.json")
         events = json.loads(Path(folder, "trace.json").read_text())["traceEvents"]
     steps = [event["args"] for event in events if event["name"] == "[memory]"]
-    return max(a["Total Allocated"] for a in steps) - (steps[0]["Total Allocated"] - steps[0]["Bytes"])
+    before = steps[0]["Total Allocated"] - steps[0]["Bytes"]
+    return max(a["Total Allocated"] for a in steps) - before
 
 
 def loss_table():
     rows = []
-    for batch, classes, repeats in ((64, 10, 200), (64, 100, 200), (256, 1000, 10), (512, 21841, 2)):
+    for batch, classes, repeats in ((64, 10, 200), (64, 100, 200), (256, 1000, 10),
+                                    (512, 21841, 2)):
         z_s, z_t = (4 * torch.randn(batch, classes, device=DEVICE) for _ in range(2))
         y = torch.randint(classes, (batch,), device=DEVICE)
 
@@ -210,14 +229,19 @@ def loss_table():
             value.backward()
             return value.detach(), x.grad
         works = {"plain": lambda: backward(lambda x: plain_loss(x, z_t, y)),
-                 "ours": lambda: backward(lambda x: sum(losses.sld(x, z_t, y, epoch=2, gamma=1).values()))}
+                 "ours": lambda: backward(lambda x: sum(losses.sld(x, z_t, y, epoch=2,
+                                                                   gamma=1).values()))}
         (value, gradient), (value_, gradient_) = (work() for work in works.values())
         with threads(1):
             memory = {name: peak_memory(work) for name, work in works.items()}
-            taken = interleaved({name: lambda work=work: work() and None for name, work in works.items()}, repeats)
-        rows.append({"(B, C)": f"({batch}, {classes})", "plain, ms": 1e3 * taken["plain"], "ours, ms": 1e3 * taken["ours"],
-                     "times faster": taken["plain"] / taken["ours"], "peak memory, ours / plain": memory["ours"] / memory["plain"],
-                     "largest difference of gradients": f"{(gradient - gradient_).abs().max():.0e}"})
+            taken = interleaved({name: lambda work=work: work() and None
+                                 for name, work in works.items()}, repeats)
+        rows.append({"(B, C)": f"({batch}, {classes})", "plain, ms": 1e3 * taken["plain"],
+                     "ours, ms": 1e3 * taken["ours"],
+                     "times faster": taken["plain"] / taken["ours"],
+                     "peak memory, ours / plain": memory["ours"] / memory["plain"],
+                     "largest difference of gradients":
+                     f"{(gradient - gradient_).abs().max():.0e}"})
     return rows
 
 
@@ -225,22 +249,33 @@ def views_table():
     rows, ours, pillow = [], random_data(4096), random_data(512)
     for batch in (64, 256):
         with threads(1):
-            taken = interleaved({"plain": lambda: [None for _ in DataLoader(PillowViews([t.cpu() for t in pillow.train]), batch, shuffle=True)] and None,
-                                 "ours": lambda: [None for _ in data.batches(ours, batch, "both", 0, 1)] and None}, 5)
+            plain = PillowViews([t.cpu() for t in pillow.train])
+            taken = interleaved({"plain": lambda: [None for _ in DataLoader(plain, batch,
+                                                                            shuffle=True)] and None,
+                                 "ours": lambda: [None
+                                                  for _ in data.batches(ours, batch, "both", 0, 1)]
+                                                  and None}, 5)
         rate = {"plain": 512 / taken["plain"], "ours": 4096 / taken["ours"]}
-        rows.append({"batch": batch, "Pillow, pairs/s and core": rate["plain"], "ours, pairs/s and core": rate["ours"], "times faster": rate["ours"] / rate["plain"]})
+        rows.append({"batch": batch, "Pillow, pairs/s and core": rate["plain"],
+                     "ours, pairs/s and core": rate["ours"],
+                     "times faster": rate["ours"] / rate["plain"]})
     return rows
 
 
 def step_table():
     rows, images, steps = [], random_data(64 * 10), 10
     kinds = {"ce, weak": dict(method="ce"), "ce, both": dict(method="ce", views="both"),
-             "kd, weak": dict(method="kd", temperatures=TEMPERATURES), "sld, weak": dict(method="sld", views="weak"),
-             "kd, both": dict(method="kd", views="both", temperatures=TEMPERATURES), "sld, both": dict(method="sld")}
+             "kd, weak": dict(method="kd", temperatures=TEMPERATURES),
+             "sld, weak": dict(method="sld", views="weak"),
+             "kd, both": dict(method="kd", views="both", temperatures=TEMPERATURES),
+             "sld, both": dict(method="sld")}
     for pair in PAIRS:
-        taken = interleaved({name: Ours(pair, images, **kind).epoch for name, kind in kinds.items()}, 11)
-        rows.append({"teacher → student": " → ".join(pair)} | {f"{name}, ms": 1e3 * t / steps for name, t in taken.items()}
-                    | {f"sld / kd, {views}": taken[f"sld, {views}"] / taken[f"kd, {views}"] for views in ("weak", "both")})
+        taken = interleaved({name: Ours(pair, images, **kind).epoch
+                             for name, kind in kinds.items()}, 11)
+        rows.append({"teacher → student": " → ".join(pair)}
+                    | {f"{name}, ms": 1e3 * t / steps for name, t in taken.items()}
+                    | {f"sld / kd, {views}": taken[f"sld, {views}"] / taken[f"kd, {views}"]
+                       for views in ("weak", "both")})
     return rows
 
 
@@ -251,9 +286,13 @@ def epoch_table():
         ours = Ours(pair, images, method="sld")
         teacher, student = (models.create_model(name, 100).to(DEVICE) for name in pair)
         optimizer = torch.optim.SGD(student.parameters(), 0.025, momentum=0.9, weight_decay=5e-4)
-        taken = interleaved({"plain": lambda: reference_epoch(loader, teacher.eval().requires_grad_(False), student, optimizer), "ours": ours.epoch}, 5)
+        taken = interleaved({"plain": lambda: reference_epoch(loader,
+                                                              teacher.eval().requires_grad_(False),
+                                                              student, optimizer),
+                                                              "ours": ours.epoch}, 5)
         rate = {"plain": 64 / taken["plain"], "ours": len(images.train[1]) / taken["ours"]}
-        rows.append({"teacher → student": " → ".join(pair), "plain, images/s": rate["plain"], "train.py, images/s": rate["ours"],
+        rows.append({"teacher → student": " → ".join(pair), "plain, images/s": rate["plain"],
+                     "train.py, images/s": rate["ours"],
                      "times faster": rate["ours"] / rate["plain"]})
     return rows
 
@@ -277,33 +316,48 @@ class TwoPasses(torch.nn.Module):
         return torch.cat([self.network(view) for view in x.chunk(2)])
 
 
-TRICKS = {                                                     # what: (how to take it away, why the result stays)
-    "mixed precision": (dict(amp=False), "loss, sums and weights stay in float32; its losses follow those of float32 (test_mixed_precision_follows_float32)"),
+# What: (how to take it away, why the result stays).
+TRICKS = {
+    "mixed precision": (dict(amp=False),
+                        "loss, sums and weights stay in float32; its losses follow those of "
+                        "float32 (test_mixed_precision_follows_float32)"),
     "channels_last": (dict(channels_last=False), "a memory layout; the numbers are the same"),
-    "one teacher pass for both views": (dict(teacher=TwoPasses), "in eval mode no row of a batch touches another"),
-    "all temperatures in one computation, (S4) in closed form": (dict(objective=plain_objective), "the same sum; the golden vectors hold for both"),
+    "one teacher pass for both views": (dict(teacher=TwoPasses),
+                                        "in eval mode no row of a batch touches another"),
+    "all temperatures in one computation, (S4) in closed form": (dict(objective=plain_objective),
+                                                                 "the same sum; the golden vectors "
+                                                                 "hold for both"),
 }
 
 
 def tricks_table():
     rows, images = [], random_data(64 * 10)
-    works = {pair: {"all": Ours(pair, images, method="sld")} | {name: Ours(pair, images, method="sld", **without) for name, (without, _) in TRICKS.items()} for pair in PAIRS}
-    taken = {pair: interleaved({name: ours.epoch for name, ours in group.items()}, 5) for pair, group in works.items()}
+    works = {pair: {"all": Ours(pair, images, method="sld")}
+             | {name: Ours(pair, images, method="sld", **without)
+                for name, (without, _) in TRICKS.items()} for pair in PAIRS}
+    taken = {pair: interleaved({name: ours.epoch for name, ours in group.items()}, 5)
+             for pair, group in works.items()}
     for name, (_, why) in TRICKS.items():
-        rows.append({"what": name} | {f"gain, {' → '.join(pair)}": taken[pair][name] / taken[pair]["all"] for pair in PAIRS} | {"why the result stays": why})
+        rows.append({"what": name}
+                    | {f"gain, {' → '.join(pair)}": taken[pair][name] / taken[pair]["all"]
+                       for pair in PAIRS} | {"why the result stays": why})
     vit, explicit = Ours(("resnet20", "vit_nano"), images, method="sld"), models.Block.attention
 
     def with_attention(function):
         models.Block.attention = function
         vit.epoch()
         models.Block.attention = explicit
-    taken = interleaved({"explicit": lambda: with_attention(explicit), "sdpa": lambda: with_attention(sdpa)}, 5)
-    rows.append({"what": f"explicit attention (resnet20 → vit_nano: {taken['sdpa'] / taken['explicit']:.2f})"} | {f"gain, {' → '.join(pair)}": "-" for pair in PAIRS}
+    taken = interleaved({"explicit": lambda: with_attention(explicit),
+                         "sdpa": lambda: with_attention(sdpa)}, 5)
+    gain = taken["sdpa"] / taken["explicit"]
+    rows.append({"what": f"explicit attention (resnet20 → vit_nano: {gain:.2f})"}
+                | {f"gain, {' → '.join(pair)}": "-" for pair in PAIRS}
                 | {"why the result stays": "the same formula as F.scaled_dot_product_attention"})
     return rows
 
 
-GROWTH = {"batch 64, 100 classes, 6,400 images": (64, 100, 6400), "10 times the batch": (640, 100, 6400),
+GROWTH = {"batch 64, 100 classes, 6,400 images": (64, 100, 6400),
+          "10 times the batch": (640, 100, 6400),
           "10 times the classes": (64, 1000, 6400), "10 times the images": (64, 100, 64000)}
 
 
@@ -311,8 +365,10 @@ def peak_of_process():
     if DEVICE.type == "cuda":
         return torch.cuda.max_memory_allocated() / 2 ** 30
     status = Path("/proc/self/status")
-    if status.exists():                                        # not ru_maxrss, in which a child starts at its parent's peak
-        return int(next(line for line in status.read_text().splitlines() if line.startswith("VmHWM")).split()[1]) / 2 ** 20
+    # Not ru_maxrss, in which a child starts at its parent's peak.
+    if status.exists():
+        return int(next(line for line in status.read_text().splitlines()
+                        if line.startswith("VmHWM")).split()[1]) / 2 ** 20
     return float("nan")
 
 
@@ -320,18 +376,22 @@ def growth_row(name):
     """Of a process of its own, whose peak memory it is."""
     batch, classes, n = GROWTH[name]
     ours = Ours(PAIRS[0], random_data(n, classes), method="sld", batch_size=batch)
-    ours.images, everything = dataclasses.replace(ours.images, train=tuple(t[:640] for t in ours.images.train)), ours.images
-    ours.epoch()                                               # warm-up
+    everything = ours.images
+    ours.images = dataclasses.replace(everything, train=tuple(t[:640] for t in everything.train))
+    # To warm up.
+    ours.epoch()
     ours.images = everything
     return {"": name, "images/s": n / seconds(ours.epoch), "peak memory, GiB": peak_of_process()}
 
 
 def growth_table():
     def child(name):
-        done = subprocess.run([sys.executable, __file__, "--growth", name], capture_output=True, text=True, check=True)
+        done = subprocess.run([sys.executable, __file__, "--growth", name], capture_output=True,
+                              text=True, check=True)
         return json.loads(done.stdout.splitlines()[-1])
     rounds = [{name: child(name) for name in GROWTH} for _ in range(2)]
-    return [{key: statistics.median(r[name][key] for r in rounds) if key else name for key in rounds[0][name]} for name in GROWTH]
+    return [{key: statistics.median(r[name][key] for r in rounds) if key else name
+             for key in rounds[0][name]} for name in GROWTH]
 
 
 def profile_table():
@@ -339,7 +399,8 @@ def profile_table():
     ours.epoch()
     with torch.profiler.profile() as profile:
         ours.epoch()
-    cost = {e.key: e.self_device_time_total if DEVICE.type == "cuda" else e.self_cpu_time_total for e in profile.key_averages()}
+    cost = {e.key: e.self_device_time_total if DEVICE.type == "cuda" else e.self_cpu_time_total
+            for e in profile.key_averages()}
     total = sum(cost.values())
     top = sorted(cost, key=cost.get, reverse=True)[:7]
     return [{"operation": name, "share of the time, %": 100 * cost[name] / total} for name in top]
@@ -357,7 +418,9 @@ TABLES = {
 
 
 def cell(value):
-    return f"{value:,.0f}" if isinstance(value, float) and value >= 100 else f"{value:.2f}" if isinstance(value, float) else str(value)
+    if not isinstance(value, float):
+        return str(value)
+    return f"{value:,.0f}" if value >= 100 else f"{value:.2f}"
 
 
 def render(report, only=None):
@@ -365,13 +428,15 @@ def render(report, only=None):
     lines = [report["header"]] if only is None else []
     for title, rows in report["tables"].items():
         if only is None or title.startswith(only):
-            lines += ["", f"**{title}**" if only is None else f"*{title}*", "", "| " + " | ".join(rows[0]) + " |", "|" + "---|" * len(rows[0])]
+            lines += ["", f"**{title}**" if only is None else f"*{title}*", "",
+                      "| " + " | ".join(rows[0]) + " |", "|" + "---|" * len(rows[0])]
             lines += ["| " + " | ".join(map(cell, row.values())) + " |" for row in rows]
     return "\n".join(lines).strip()
 
 
 def main():
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(description=__doc__,
+                                     formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--json", metavar="FILE", help="write the report there too")
     parser.add_argument("--only", nargs="+", metavar="TITLE", help="tables whose title starts so")
     parser.add_argument("--growth", choices=GROWTH, help=argparse.SUPPRESS)
@@ -380,17 +445,21 @@ def main():
         print(json.dumps(growth_row(args.growth)))
         return
     start, e = time.perf_counter(), train.environment(DEVICE)
-    report = dict(header=f"{e['device_name']}, {e['threads']} threads, {e['system']}, Python {e['python']}, PyTorch {e['torch']}, torchvision {e['torchvision']}, "
-                         f"{DEVICE.type}, commit {e['commit'] or 'unknown'}; medians, warm-up left out", tables={})
+    report = dict(header=f"{e['device_name']}, {e['threads']} threads, {e['system']}, Python "
+                         f"{e['python']}, PyTorch {e['torch']}, torchvision {e['torchvision']}, "
+                         f"{DEVICE.type}, commit {e['commit'] or 'unknown'}; medians, warm-up left "
+                         f"out", tables={})
     print(report["header"], flush=True)
     for title, table in TABLES.items():
         if args.only is None or title.startswith(tuple(args.only)):
             report["tables"][title] = table()
-            print("\n" + render(dict(tables={title: report["tables"][title]}), (title,)), flush=True)
+            print("\n" + render(dict(tables={title: report["tables"][title]}), (title,)),
+                  flush=True)
     report["seconds"] = time.perf_counter() - start
     print(f"\n{report['seconds']:.0f} seconds")
     if args.json:
-        Path(args.json).write_text(json.dumps(report, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
+        Path(args.json).write_text(json.dumps(report, indent=1, ensure_ascii=False) + "\n",
+                                   encoding="utf-8")
 
 
 if __name__ == "__main__":

@@ -14,7 +14,8 @@ import train  # noqa: E402
 
 
 def pytest_addoption(parser):
-    parser.addoption("--kills", type=int, default=3, help="how often test_reliability.py kills a run")
+    parser.addoption("--kills", type=int, default=3,
+                     help="how often test_reliability.py kills a run")
 
 
 @pytest.fixture(autouse=True)
@@ -26,7 +27,8 @@ def own_folder_and_seed(tmp_path, monkeypatch):
 
 @pytest.fixture(scope="session")
 def colors(tmp_path_factory):
-    """An image folder that is learnt in a second: noisy red, green and blue, 16 px, 40 + 20 of each."""
+    """An image folder that is learnt in a second: noisy red, green and blue, 16 px, 40 + 20 of
+    each."""
     root, g = tmp_path_factory.mktemp("colors"), np.random.default_rng(0)
     for part, n in (("train", 40), ("val", 20)):
         for channel, name in enumerate(("red", "green", "blue")):
@@ -42,7 +44,8 @@ def colors(tmp_path_factory):
 def color_teacher(colors, tmp_path_factory):
     """A resnet8 trained on `colors`."""
     folder = tmp_path_factory.mktemp("runs") / "teacher"
-    train.run(train.Settings(method="ce", dataset="folder", data_dir=str(colors), image_size=16, student="resnet8", epochs=4, batch_size=16, device="cpu"), str(folder))
+    train.run(train.Settings(method="ce", dataset="folder", data_dir=str(colors), image_size=16,
+                             student="resnet8", epochs=4, batch_size=16, device="cpu"), str(folder))
     return folder / "last.pt"
 
 
@@ -50,7 +53,8 @@ def color_teacher(colors, tmp_path_factory):
 def short(colors, color_teacher):
     """Settings of a run that takes a second, to be changed with keyword arguments."""
     def make(**changes):
-        common = dict(dataset="folder", data_dir=str(colors), image_size=16, student="resnet8", epochs=4, batch_size=32, device="cpu")
+        common = dict(dataset="folder", data_dir=str(colors), image_size=16, student="resnet8",
+                      epochs=4, batch_size=32, device="cpu")
         if changes.get("method", "sld") != "ce" and not changes.get("resume"):
             common |= dict(teacher="resnet8", teacher_checkpoint=str(color_teacher))
         return train.Settings(**(common | changes))
@@ -59,8 +63,10 @@ def short(colors, color_teacher):
 
 @pytest.fixture
 def easy_glyphs(tmp_path, monkeypatch):
-    """A data folder of glyphs that are learnt in seconds: three characters, upright, no distractors."""
-    easy = dict(GLYPHS=list("OTx"), GLYPHS_TRAIN=480, GLYPHS_TEST=200, ROTATION=0, JITTER=0.05, DISTRACTORS=0, ZOOM=(1.1, 1.2),
+    """A data folder of glyphs that are learnt in seconds: three characters, upright, no
+    distractors."""
+    easy = dict(GLYPHS=list("OTx"), GLYPHS_TRAIN=480, GLYPHS_TEST=200, ROTATION=0, JITTER=0.05,
+                DISTRACTORS=0, ZOOM=(1.1, 1.2),
                 CONTRAST=(1, 1), NOISE=(0, 0.02))
     for name, value in easy.items():
         monkeypatch.setattr(data, name, value)
@@ -69,7 +75,8 @@ def easy_glyphs(tmp_path, monkeypatch):
 
 @pytest.fixture
 def command(monkeypatch, capsys):
-    """Run a script's main() as from the command line: (exit status, standard output, standard error)."""
+    """Run a script's main() as from the command line: (exit status, standard output, standard
+    error)."""
     def run(script, *arguments):
         monkeypatch.setattr(sys, "argv", [f"{script.__name__}.py", *map(str, arguments)])
         capsys.readouterr()

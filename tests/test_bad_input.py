@@ -1,4 +1,5 @@
-"""Bad input ends with exit status 2 and one line that names the culprit, or works as one would expect; nothing saved is lost."""
+"""Bad input ends with exit status 2 and one line that names the culprit, or works as one would
+expect; nothing saved is lost."""
 import os
 import random
 import shutil
@@ -13,22 +14,38 @@ import train
 from models import create_model
 
 FLAGS = [
-    ("--methd sld", "--methd"), ("--method mlkd", "mlkd"), ("--student resnet9", "resnet9"), ("--teacher vgg13", "vgg13"),
-    ("--dataset imagenet", "imagenet"), ("--epochs 0", "--epochs 0"), ("--epochs -3", "--epochs -3"), ("--epochs two", "two"),
-    ("--batch-size 0", "--batch-size 0"), ("--batch-size -1", "--batch-size -1"), ("--lr 0", "--lr 0"), ("--lr -0.1", "--lr -0.1"),
-    ("--lr nan", "--lr nan"), ("--lr inf", "--lr inf"), ("--temperatures 0", "--temperatures 0"), ("--temperatures 4 -1", "--temperatures -1"),
-    ("--temperatures", "--temperatures"), ("--weight-decay -1", "--weight-decay"), ("--kd-weight -1", "--kd-weight"), ("--ce-weight nan", "--ce-weight"),
-    ("--gamma 8", "--gamma 8"), ("--gamma -1", "--gamma -1"), ("--gamma 3 --no-student-swap", "--gamma"), ("--omega 2", "--omega"),
-    ("--teacher-fix add", "--omega"), ("--teacher-fix swop", "swop"), ("--method kd --gamma 3", "--gamma"), ("--method ce --teacher resnet20", "--teacher"),
-    ("--method ce --temperatures 4", "--temperatures"), ("--method kd --teacher-fix swap", "--teacher-fix"), ("--seed -1", "--seed"),
-    ("--image-size 64", "--image-size 64"), ("--image-size 0 --dataset folder", "--image-size 0"), ("--device cuda", "--device cuda"),
-    ("--student vit_nano --dataset folder --image-size 30", "--image-size 30"), ("--resume", "--run-dir"), ("--resume --run-dir nothing", "nothing"),
-    ("--dataset folder --data-dir nowhere", "nowhere"), ("--teacher-checkpoint missing.pt", "missing.pt"), ("--views strong", "strong"),
-    ("--optimizer adam", "adam"), ("extra", "extra"), ("--temperatures nan", "--temperatures nan"), ("--temperatures inf", "--temperatures inf"),
-    ("--epochs 1e3", "1e3"), ("--epochs 2.5", "2.5"), ("--seed 4294967296", "--seed 4294967296"), ("--lr 1e400", "--lr inf"), ("--warmup 8", "--warmup 8"),
-    ("--warmup -1", "--warmup"), ("--weight-decay inf", "--weight-decay"), ("--omega nan --teacher-fix add", "--omega nan"), ("--schedule linear", "linear"),
-    ("--batch-size 481", "--batch-size 481"), ("--teacher-checkpoint .", "."), ("--run-dir .", "--run-dir ."), ("--image-size -5 --dataset folder", "--image-size -5"),
-    ("--device tpu", "tpu"), ("--data-dir FILE --dataset folder", "FILE"), ("--run-dir FILE/run --method ce", "FILE"),
+    ("--methd sld", "--methd"), ("--method mlkd", "mlkd"), ("--student resnet9", "resnet9"),
+    ("--teacher vgg13", "vgg13"),
+    ("--dataset imagenet", "imagenet"), ("--epochs 0", "--epochs 0"),
+    ("--epochs -3", "--epochs -3"), ("--epochs two", "two"),
+    ("--batch-size 0", "--batch-size 0"), ("--batch-size -1", "--batch-size -1"),
+    ("--lr 0", "--lr 0"), ("--lr -0.1", "--lr -0.1"),
+    ("--lr nan", "--lr nan"), ("--lr inf", "--lr inf"), ("--temperatures 0", "--temperatures 0"),
+    ("--temperatures 4 -1", "--temperatures -1"),
+    ("--temperatures", "--temperatures"), ("--weight-decay -1", "--weight-decay"),
+    ("--kd-weight -1", "--kd-weight"), ("--ce-weight nan", "--ce-weight"),
+    ("--gamma 8", "--gamma 8"), ("--gamma -1", "--gamma -1"),
+    ("--gamma 3 --no-student-swap", "--gamma"), ("--omega 2", "--omega"),
+    ("--teacher-fix add", "--omega"), ("--teacher-fix swop", "swop"),
+    ("--method kd --gamma 3", "--gamma"), ("--method ce --teacher resnet20", "--teacher"),
+    ("--method ce --temperatures 4", "--temperatures"),
+    ("--method kd --teacher-fix swap", "--teacher-fix"), ("--seed -1", "--seed"),
+    ("--image-size 64", "--image-size 64"), ("--image-size 0 --dataset folder", "--image-size 0"),
+    ("--device cuda", "--device cuda"),
+    ("--student vit_nano --dataset folder --image-size 30", "--image-size 30"),
+    ("--resume", "--run-dir"), ("--resume --run-dir nothing", "nothing"),
+    ("--dataset folder --data-dir nowhere", "nowhere"),
+    ("--teacher-checkpoint missing.pt", "missing.pt"), ("--views strong", "strong"),
+    ("--optimizer adam", "adam"), ("extra", "extra"), ("--temperatures nan", "--temperatures nan"),
+    ("--temperatures inf", "--temperatures inf"),
+    ("--epochs 1e3", "1e3"), ("--epochs 2.5", "2.5"), ("--seed 4294967296", "--seed 4294967296"),
+    ("--lr 1e400", "--lr inf"), ("--warmup 8", "--warmup 8"),
+    ("--warmup -1", "--warmup"), ("--weight-decay inf", "--weight-decay"),
+    ("--omega nan --teacher-fix add", "--omega nan"), ("--schedule linear", "linear"),
+    ("--batch-size 481", "--batch-size 481"), ("--teacher-checkpoint .", "."),
+    ("--run-dir .", "--run-dir ."), ("--image-size -5 --dataset folder", "--image-size -5"),
+    ("--device tpu", "tpu"), ("--data-dir FILE --dataset folder", "FILE"),
+    ("--run-dir FILE/run --method ce", "FILE"),
 ]
 
 
@@ -49,17 +66,21 @@ def test_flags(command, easy_glyphs, arguments, culprit):
 
 @pytest.fixture
 def base(colors):
-    return ("--dataset", "folder", "--data-dir", colors, "--image-size", 16, "--student", "resnet8", "--teacher", "resnet8",
+    return ("--dataset", "folder", "--data-dir", colors, "--image-size", 16, "--student", "resnet8",
+            "--teacher", "resnet8",
             "--device", "cpu", "--epochs", 2, "--batch-size", 32, "--run-dir", "run")
 
 
 BAD_FILES = {
-    "empty": b"", "html": b"<!DOCTYPE html><html><body>404</body></html>", "text": b"hello\n", "noise": bytes(range(256)) * 20,
+    "empty": b"", "html": b"<!DOCTYPE html><html><body>404</body></html>", "text": b"hello\n",
+    "noise": bytes(range(256)) * 20,
 }
 
 
-@pytest.mark.parametrize("kind", [*BAD_FILES, "truncated", "tensor", "no classifier", "other network", "wrong shapes", "directory", "NaN weights",
-                                  "infinite statistics", "numbers as names", "text as weights", "unknown architecture", "strange image size"])
+@pytest.mark.parametrize("kind", [*BAD_FILES, "truncated", "tensor", "no classifier",
+                                  "other network", "wrong shapes", "directory", "NaN weights",
+                                  "infinite statistics", "numbers as names", "text as weights",
+                                  "unknown architecture", "strange image size"])
 def test_checkpoints(command, base, colors, color_teacher, tmp_path, kind):
     path = tmp_path / "bad.pt"
     if kind in BAD_FILES:
@@ -70,21 +91,29 @@ def test_checkpoints(command, base, colors, color_teacher, tmp_path, kind):
         path.mkdir()
     else:
         state = create_model("resnet14" if kind == "other network" else "resnet8", 3).state_dict()
-        wrong = {"tensor": torch.zeros(3), "no classifier": {"weights": torch.zeros(3)}, "other network": state,
-                 "wrong shapes": state | {"conv1.weight": torch.zeros(4, 3, 3, 3)}, "NaN weights": state | {"conv1.weight": state["conv1.weight"] * float("nan")},
-                 "infinite statistics": state | {"bn1.running_var": torch.full((16,), float("inf"))}, "numbers as names": {0: torch.zeros(3), 1: torch.ones(2)},
-                 "text as weights": state | {"conv1.weight": "hello"}, "unknown architecture": {"architecture": "resnet9", "model": state},
-                 "strange image size": {"architecture": "vit_nano", "image_size": "big", "model": create_model("vit_nano", 3).state_dict()}}
+        wrong = {"tensor": torch.zeros(3), "no classifier": {"weights": torch.zeros(3)},
+                 "other network": state,
+                 "wrong shapes": state | {"conv1.weight": torch.zeros(4, 3, 3, 3)},
+                 "NaN weights": state | {"conv1.weight": state["conv1.weight"] * float("nan")},
+                 "infinite statistics": state
+                 | {"bn1.running_var": torch.full((16,), float("inf"))},
+                 "numbers as names": {0: torch.zeros(3), 1: torch.ones(2)},
+                 "text as weights": state | {"conv1.weight": "hello"},
+                 "unknown architecture": {"architecture": "resnet9", "model": state},
+                 "strange image size": {"architecture": "vit_nano", "image_size": "big",
+                                        "model": create_model("vit_nano", 3).state_dict()}}
         torch.save(wrong[kind], path)
     refused(command(train, *base, "--teacher-checkpoint", path), "bad.pt")
-    refused(command(evaluation, path, "--model", "resnet8", "--dataset", "folder", "--data-dir", colors), "bad.pt")
+    refused(command(evaluation, path, "--model", "resnet8", "--dataset", "folder", "--data-dir",
+                    colors), "bad.pt")
     assert not (tmp_path / "run").exists()
 
 
 def test_class_counts_are_both_named(command, base, colors, tmp_path):
     torch.save(create_model("resnet8", 7).state_dict(), tmp_path / "seven.pt")
     for result in (command(train, *base, "--teacher-checkpoint", tmp_path / "seven.pt"),
-                   command(evaluation, tmp_path / "seven.pt", "--model", "resnet8", "--dataset", "folder", "--data-dir", colors)):
+                   command(evaluation, tmp_path / "seven.pt", "--model", "resnet8", "--dataset",
+                           "folder", "--data-dir", colors)):
         refused(result, "seven.pt")
         assert "7 classes" in result[2] and " 3" in result[2]
 
@@ -93,7 +122,8 @@ def test_a_teacher_at_chance_is_refused(command, base, tmp_path):
     model = create_model("resnet8", 3)
     torch.nn.init.zeros_(model.fc.weight)
     torch.save(model.state_dict(), tmp_path / "fresh.pt")
-    refused(command(train, *base, "--teacher-checkpoint", tmp_path / "fresh.pt"), "no better than 43.33 % (ten points above chance)")
+    refused(command(train, *base, "--teacher-checkpoint", tmp_path / "fresh.pt"),
+            "no better than 43.33 % (ten points above chance)")
 
 
 def break_folder(root, kind):
@@ -132,7 +162,8 @@ def break_folder(root, kind):
         return "yellow"
 
 
-@pytest.mark.parametrize("kind", ["empty class", "damaged image", "zero-byte image", "text as image", "broken link", "no val", "no train",
+@pytest.mark.parametrize("kind", ["empty class", "damaged image", "zero-byte image",
+                                  "text as image", "broken link", "no val", "no train",
                                   "one class", "class only in val", "no permission"])
 def test_folders(command, base, colors, tmp_path, kind):
     root = tmp_path / "copy"
@@ -154,11 +185,13 @@ def test_images_that_do_not_fit_in_memory(command, base):
 
 
 def test_a_batch_larger_than_the_data(command, base, color_teacher):
-    refused(command(train, *base, "--batch-size", 500, "--teacher-checkpoint", color_teacher), "--batch-size 500")
+    refused(command(train, *base, "--batch-size", 500, "--teacher-checkpoint", color_teacher),
+            "--batch-size 500")
 
 
 def test_wrong_class_count_for_cifar(command, colors):
-    refused(command(train, "--dataset", "cifar10", "--data-dir", shutil.copytree(colors, "cifar") and _with_test("cifar")), "3 classes")
+    refused(command(train, "--dataset", "cifar10", "--data-dir",
+                    shutil.copytree(colors, "cifar") and _with_test("cifar")), "3 classes")
 
 
 def _with_test(root):
@@ -170,7 +203,8 @@ def unusual_folder(root, kind):
     """Change a copy of the colour folder in a way that is no mistake."""
     red, image = root / "train/red", Image.open(root / "train/red/0.png")
     if kind == "animated":
-        image.save(red / "moving.gif", save_all=True, append_images=[Image.new("RGB", (16, 16), k) for k in ("white", "black")])
+        image.save(red / "moving.gif", save_all=True,
+                   append_images=[Image.new("RGB", (16, 16), k) for k in ("white", "black")])
     elif kind in ("L", "RGBA", "LA", "P", "1", "CMYK", "I;16"):
         converted = Image.new("I;16", (16, 16), 40_000) if kind == "I;16" else image.convert(kind)
         converted.save(red / ("other.tif" if kind in ("CMYK", "LA") else "other.png"))
@@ -184,7 +218,8 @@ def unusual_folder(root, kind):
         try:
             os.rename(os.fsencode(red), os.fsencode(root / "train") + b"/caf\xe9")
             os.rename(os.fsencode(root / "val/red"), os.fsencode(root / "val") + b"/caf\xe9")
-        except OSError:                                        # macOS knows no such names
+        # macOS knows no such names.
+        except OSError:
             pytest.skip("the file system refuses the name")
     elif kind == "spaces and accents":
         red.rename(root / "train/très rouge")
@@ -201,29 +236,40 @@ def unusual_folder(root, kind):
         (red / "3.png").symlink_to(root / "kept.png")
 
 
-@pytest.mark.parametrize("kind", ["animated", "L", "RGBA", "LA", "P", "1", "CMYK", "I;16", "one image in a class", "notes beside the images", "name that is not UTF-8",
-                                  "spaces and accents", "fewer classes in val", "thin images", "folders in folders", "images linked from elsewhere"])
+@pytest.mark.parametrize("kind", ["animated", "L", "RGBA", "LA", "P", "1", "CMYK", "I;16",
+                                  "one image in a class", "notes beside the images",
+                                  "name that is not UTF-8",
+                                  "spaces and accents", "fewer classes in val", "thin images",
+                                  "folders in folders", "images linked from elsewhere"])
 def test_unusual_folders_work(command, colors, tmp_path, kind):
     root = tmp_path / "my photos"
     shutil.copytree(colors, root)
     unusual_folder(root, kind)
-    status, out, err = command(train, "--method", "ce", "--dataset", "folder", "--data-dir", root, "--image-size", 16, "--epochs", 1, "--device", "cpu", "--run-dir", "run")
+    status, out, err = command(train, "--method", "ce", "--dataset", "folder", "--data-dir", root,
+                               "--image-size", 16, "--epochs", 1, "--device", "cpu", "--run-dir",
+                               "run")
     assert status == 0, err
     status, out, err = command(evaluation, "run/last.pt")
     assert status == 0 and "top1" in out, err
 
 
-@pytest.mark.parametrize("arguments", [("--batch-size", 1), ("--batch-size", 119), ("--batch-size", 120), ("--image-size", 1), ("--image-size", 3), ("--image-size", 37)])
+@pytest.mark.parametrize("arguments",
+                         [("--batch-size", 1), ("--batch-size", 119), ("--batch-size", 120),
+                          ("--image-size", 1), ("--image-size", 3), ("--image-size", 37)])
 def test_unusual_sizes_work(command, base, colors, color_teacher, arguments):
-    status, out, err = command(train, *base, "--teacher-checkpoint", color_teacher, "--epochs", 1, *arguments)
-    assert status == 0 or "no better than" in err, err         # the teacher saw 16 pixels
+    status, out, err = command(train, *base, "--teacher-checkpoint", color_teacher, "--epochs", 1,
+                               *arguments)
+    # The teacher saw 16 pixels.
+    assert status == 0 or "no better than" in err, err
 
 
 def test_no_damage_to_a_checkpoint_gets_past_the_door(color_teacher, tmp_path):
-    """Bytes changed, cut out or doubled at random: loaded all the same with finite weights, or refused in one line."""
+    """Bytes changed, cut out or doubled at random: loaded all the same with finite weights, or
+    refused in one line."""
     whole, luck, refusals = color_teacher.read_bytes(), random.Random(0), 0
     for k in range(150):
-        at, length = luck.randrange(len(whole)) if k % 2 else luck.randrange(3000), luck.choice((1, 4, 100, 5000))
+        at = luck.randrange(len(whole)) if k % 2 else luck.randrange(3000)
+        length = luck.choice((1, 4, 100, 5000))
         middle = {0: luck.randbytes(length), 1: b"", 2: whole[at:at + length] * 2}[k % 3]
         (tmp_path / "bad.pt").write_bytes(whole[:at] + middle + whole[at + length:])
         try:
@@ -236,9 +282,11 @@ def test_no_damage_to_a_checkpoint_gets_past_the_door(color_teacher, tmp_path):
 
 
 @pytest.mark.parametrize("name, content, culprit", [
-    ("config.json", "{", "no run"), ("config.json", "[]", "no run"), ("config.json", '{"method": "sld", "temperature": 3}', "no run"),
+    ("config.json", "{", "no run"), ("config.json", "[]", "no run"),
+    ("config.json", '{"method": "sld", "temperature": 3}', "no run"),
     ("last.pt", "", "last.pt"), ("last.pt", "PK", "last.pt")])
-def test_a_damaged_run_is_not_resumed(command, base, color_teacher, tmp_path, name, content, culprit):
+def test_a_damaged_run_is_not_resumed(command, base, color_teacher, tmp_path, name, content,
+                                      culprit):
     assert command(train, *base, "--teacher-checkpoint", color_teacher)[0] == 0
     (tmp_path / "run" / name).write_text(content)
     refused(command(train, "--resume", "--run-dir", "run"), culprit)
@@ -259,7 +307,8 @@ def test_a_table_of_damaged_logs(command, base, color_teacher, tmp_path, content
 
 def test_data_that_went_away(command, base, colors, color_teacher, tmp_path):
     shutil.copytree(colors, "gone")
-    assert command(train, *base, "--data-dir", "gone", "--teacher-checkpoint", color_teacher)[0] == 0
+    assert command(train, *base, "--data-dir", "gone", "--teacher-checkpoint",
+                   color_teacher)[0] == 0
     shutil.rmtree("gone")
     refused(command(evaluation, "run/last.pt"), "gone")
     refused(command(train, "--resume", "--run-dir", "run"), "gone")
@@ -270,14 +319,17 @@ def test_a_run_is_never_written_over(command, base, color_teacher, tmp_path):
     assert command(train, *arguments)[0] == 0
     before = {path.name: path.read_bytes() for path in (tmp_path / "run").iterdir()}
     refused(command(train, *arguments), "run: already holds a run")
-    refused(command(train, "--resume", "--run-dir", "run", "--lr", 0.3, "--seed", 4), "--seed 0 -> 4")
-    assert "--lr 0.025 -> 0.3" in command(train, "--resume", "--run-dir", "run", "--lr", 0.3, "--seed", 4)[2]
+    refused(command(train, "--resume", "--run-dir", "run", "--lr", 0.3, "--seed", 4),
+            "--seed 0 -> 4")
+    assert "--lr 0.025 -> 0.3" in command(train, "--resume", "--run-dir", "run", "--lr", 0.3,
+                                          "--seed", 4)[2]
     assert {path.name: path.read_bytes() for path in (tmp_path / "run").iterdir()} == before
     assert command(train, "--resume", *arguments)[0] == 0
 
 
 @pytest.mark.parametrize("arguments, culprit", [
-    ("", "CHECKPOINT"), ("missing.pt", "missing.pt"), ("--table nowhere", "nowhere"), ("x.pt --table y", "CHECKPOINT"), ("x.pt --modle resnet8", "--modle"),
+    ("", "CHECKPOINT"), ("missing.pt", "missing.pt"), ("--table nowhere", "nowhere"),
+    ("x.pt --table y", "CHECKPOINT"), ("x.pt --modle resnet8", "--modle"),
     ("x.pt --model resnet9", "resnet9")])
 def test_eval_flags(command, arguments, culprit):
     refused(command(evaluation, *arguments.split()), culprit)

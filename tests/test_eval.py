@@ -18,11 +18,13 @@ def test_measure_against_plain_python():
         p = [math.exp(v) for v in row]
         p = [v / sum(p) for v in p]
         order = sorted(range(8), key=lambda c: -p[c])
-        right1, right5, nll = right1 + (order[0] == label), right5 + (label in order[:5]), nll - math.log(p[label])
+        right1, right5 = right1 + (order[0] == label), right5 + (label in order[:5])
+        nll -= math.log(p[label])
         cell = bins[min(14, math.ceil(max(p) * 15) - 1)]
         cell[0], cell[1], cell[2] = cell[0] + 1, cell[1] + max(p), cell[2] + (order[0] == label)
     ece = sum(abs(confidence - right) for _, confidence, right in bins) / 300
-    assert report == pytest.approx(dict(top1=right1 / 3, top5=right5 / 3, nll=nll / 300, ece=100 * ece, n=300))
+    assert report == pytest.approx(dict(top1=right1 / 3, top5=right5 / 3, nll=nll / 300,
+                                        ece=100 * ece, n=300))
 
 
 def test_top5_of_fewer_classes_is_everything():
@@ -32,23 +34,30 @@ def test_top5_of_fewer_classes_is_everything():
 def test_inheritance_counts():
     teacher, student = torch.eye(3)[[0, 1, 2, 2, 2]], torch.eye(3)[[0, 1, 2, 0, 1]]
     report = evaluation.inheritance(student, teacher, torch.tensor([0, 2, 1, 0, 0]))
-    assert report == {"teacher_top1": 20, "agreement": pytest.approx(60), "teacher_errors": 4, "teacher_errors_made": 2, "teacher_errors_avoided": 1}
+    assert report == {"teacher_top1": 20, "agreement": pytest.approx(60), "teacher_errors": 4,
+                      "teacher_errors_made": 2, "teacher_errors_avoided": 1}
 
 
-@pytest.mark.parametrize("wrap", [lambda s: s, lambda s: {"model": s}, lambda s: {"state_dict": {f"module.{k}": v for k, v in s.items()}}],
+@pytest.mark.parametrize("wrap",
+                         [lambda s: s, lambda s: {"model": s},
+                          lambda s: {"state_dict": {f"module.{k}": v for k, v in s.items()}}],
                          ids=["bare", "model", "state_dict with module."])
 def test_the_fields_checkpoint_forms_load(tmp_path, wrap):
     source = create_model("resnet8", 5)
     torch.save(wrap(source.state_dict()), tmp_path / "x.pt")
     loaded, _ = evaluation.load_model(tmp_path / "x.pt", "resnet8")
-    assert all(torch.equal(v, source.state_dict()[k]) for k, v in loaded.state_dict().items()) and not loaded.training
+    assert all(torch.equal(v, source.state_dict()[k])
+               for k, v in loaded.state_dict().items()) and not loaded.training
 
 
 def test_a_foreign_checkpoint_is_measured_like_our_own(colors, color_teacher, tmp_path, command):
     torch.save(torch.load(color_teacher, weights_only=True)["model"], tmp_path / "bare.pt")
     own = json.loads(command(evaluation, color_teacher, "--json")[1])
-    status, out, err = command(evaluation, color_teacher, "--teacher-checkpoint", color_teacher, "--json")
-    assert status == 0 and json.loads(out)["agreement"] == 100 and json.loads(out)["teacher_errors_avoided"] == 0
+    status, out, err = command(evaluation, color_teacher, "--teacher-checkpoint", color_teacher,
+                               "--json")
+    assert status == 0
+    assert json.loads(out)["agreement"] == 100
+    assert json.loads(out)["teacher_errors_avoided"] == 0
     assert set(own) == {"top1", "top5", "nll", "ece", "n"} and own["n"] == 60
     status, out, err = command(evaluation, color_teacher)
     assert status == 0 and f"{own['top1']:.4f}" in out
@@ -57,7 +66,10 @@ def test_a_foreign_checkpoint_is_measured_like_our_own(colors, color_teacher, tm
 def write_run(folder, accuracies, **config):
     folder.mkdir(parents=True)
     (folder / "config.json").write_text(json.dumps(dict(student="resnet8") | config))
-    (folder / "metrics.jsonl").write_text("".join(json.dumps({"epoch": i, config.get("evaluate", "test") + "_top1": a}) + "\n" for i, a in enumerate(accuracies, 1)))
+    (folder / "metrics.jsonl").write_text("".join(json.dumps({"epoch": i,
+                                                              config.get("evaluate", "test")
+                                                              + "_top1": a}) + "\n"
+                                                              for i, a in enumerate(accuracies, 1)))
 
 
 def cells(out):
@@ -75,11 +87,14 @@ def test_the_table_is_computed_from_the_logs(tmp_path, command):
     # kd2 - kd: 0, -2, 1, mean -0.3333, sd 1.5275, half-width 3.795
     assert status == 0 and cells(out) == [
         ["1-ce", "resnet8", "3", "3", "42.00 ± 2.00", "47.00", "-", "-"],
-        ["2-kd", "resnet8", "3", "3", "63.00 ± 3.00", "63.00", "+21.00 (+14.43 to +27.57)", "better"],
-        ["3-kd2", "resnet8", "3", "3", "62.67 ± 3.79", "62.67", "-0.33 (-4.13 to +3.46)", "no difference shown"],
+        ["2-kd", "resnet8", "3", "3", "63.00 ± 3.00", "63.00", "+21.00 (+14.43 to +27.57)",
+         "better"],
+        ["3-kd2", "resnet8", "3", "3", "62.67 ± 3.79", "62.67", "-0.33 (-4.13 to +3.46)",
+         "no difference shown"],
         ["4-bad", "resnet8", "3", "1", "12.00", "12.00", "-48.00", "one seed: not known"]]
     status, out, _ = command(evaluation, "--table", tmp_path, "--against", "2-kd")
-    assert [row[6:] for row in cells(out)] == [["-21.00 (-27.57 to -14.43)", "worse"], ["-", "-"], ["-0.33 (-4.13 to +3.46)", "no difference shown"],
+    assert [row[6:] for row in cells(out)] == [["-21.00 (-27.57 to -14.43)", "worse"], ["-", "-"],
+                                               ["-0.33 (-4.13 to +3.46)", "no difference shown"],
                                                ["-48.00", "one seed: not known"]]
     assert "difference to 2-kd" in out
     assert command(evaluation, "--table", tmp_path, "--against", "kd3")[0] == 2
@@ -89,7 +104,8 @@ def test_the_quantiles_are_students():
     """By integrating the density of Student's t numerically."""
     for df, t in enumerate(evaluation.T_975, 1):
         x = torch.linspace(-t, t, 200_001, dtype=torch.float64)
-        density = (1 + x ** 2 / df) ** (-(df + 1) / 2) * math.exp(math.lgamma((df + 1) / 2) - math.lgamma(df / 2)) / math.sqrt(df * math.pi)
+        area = math.exp(math.lgamma((df + 1) / 2) - math.lgamma(df / 2)) / math.sqrt(df * math.pi)
+        density = (1 + x ** 2 / df) ** (-(df + 1) / 2) * area
         assert torch.trapezoid(density, x).item() == pytest.approx(0.95, abs=1e-4)
 
 
@@ -108,17 +124,23 @@ def test_a_pickle_that_would_run_code_is_refused(tmp_path):
 
 
 @pytest.mark.parametrize("change, culprit", [
-    (dict(lr=0.025), "2-kd mixes runs of different settings"), (dict(seed=0), "second run of seed 0"), (dict(dataset="cifar10"), "different dataset"),
-    (dict(student="resnet20"), "different student"), (dict(teacher="resnet56"), "different teacher"), (dict(digest="b"), "different teacher's digest"),
-    (dict(accuracies=[50, 55, 60]), "different epochs"), (dict(evaluate="val"), "different evaluate")], ids=lambda value: str(value))
+    (dict(lr=0.025), "2-kd mixes runs of different settings"),
+    (dict(seed=0), "second run of seed 0"), (dict(dataset="cifar10"), "different dataset"),
+    (dict(student="resnet20"), "different student"),
+    (dict(teacher="resnet56"), "different teacher"),
+    (dict(digest="b"), "different teacher's digest"),
+    (dict(accuracies=[50, 55, 60]), "different epochs"),
+    (dict(evaluate="val"), "different evaluate")], ids=lambda value: str(value))
 def test_the_table_refuses_to_mix_experiments(tmp_path, command, change, culprit):
     for row, seed in (("1-kd", 0), ("1-kd", 1), ("2-kd", 0), ("2-kd", 1)):
         odd = change if row == "2-kd" and (seed == 1 or "evaluate" in change) else {}
         config = dict(lr=0.05, seed=seed, dataset="glyphs", teacher="resnet20") | odd
         accuracies, digest = config.pop("accuracies", [50, 70]), config.pop("digest", "a")
         write_run(tmp_path / row / f"seed{seed}", accuracies, **config)
-        (tmp_path / row / f"seed{seed}/env.json").write_text(json.dumps(dict(teacher_digest=digest)))
-    if set(change) & {"dataset", "student", "teacher"}:        # the whole row is odd
+        env = tmp_path / row / f"seed{seed}/env.json"
+        env.write_text(json.dumps(dict(teacher_digest=digest)))
+    # The whole row is odd.
+    if set(change) & {"dataset", "student", "teacher"}:
         path = tmp_path / "2-kd/seed0/config.json"
         path.write_text(json.dumps(json.loads(path.read_text()) | change))
     status, _, err = command(evaluation, "--table", tmp_path)
@@ -132,15 +154,20 @@ def test_curves_show_what_the_logs_say(tmp_path, command, monkeypatch):
     write_run(tmp_path / "b", [50, 55, 80], **config)
     for name in "ab":
         path = tmp_path / name / "metrics.jsonl"
-        rows = [json.loads(line) | dict(lr=0.1 ** i, loss_ce=1 / (i + 1)) for i, line in enumerate(path.read_text().splitlines())]
+        rows = [json.loads(line) | dict(lr=0.1 ** i, loss_ce=1 / (i + 1))
+                for i, line in enumerate(path.read_text().splitlines())]
         path.write_text("".join(json.dumps(row) + "\n" for row in rows))
     loss, top1, _ = evaluation.plot([tmp_path / "a", tmp_path / "b"]).axes
     drawn = {name: [list(line.get_ydata()) for line in ax.lines if line.get_label() == name]
              for ax, name in ((loss, "loss_ce"), (top1, "test_top1"))}
-    assert drawn == {"loss_ce": [[1, 1 / 2], [1, 1 / 2, 1 / 3]], "test_top1": [[40, 60], [50, 55, 80]]}
-    marks = [(line.get_label(), line.get_xdata()[0]) for line in top1.lines if line.get_label() != "test_top1"]
-    assert marks == [("γ", 1.5), ("learning rate falls", 1.5), ("γ", 1.5), ("learning rate falls", 1.5), ("learning rate falls", 2.5)]
+    assert drawn == {"loss_ce": [[1, 1 / 2], [1, 1 / 2, 1 / 3]],
+                     "test_top1": [[40, 60], [50, 55, 80]]}
+    marks = [(line.get_label(), line.get_xdata()[0]) for line in top1.lines
+             if line.get_label() != "test_top1"]
+    assert marks == [("γ", 1.5), ("learning rate falls", 1.5), ("γ", 1.5),
+                     ("learning rate falls", 1.5), ("learning rate falls", 2.5)]
     monkeypatch.chdir(tmp_path)
-    assert command(evaluation, "--plot", "a", "b")[0] == 0 and (tmp_path / "curves.png").read_bytes()[:4] == b"\x89PNG"
+    assert command(evaluation, "--plot", "a",
+                   "b")[0] == 0 and (tmp_path / "curves.png").read_bytes()[:4] == b"\x89PNG"
     status, _, err = command(evaluation, "--plot", "c")
     assert status == 2 and err.startswith("eval.py: c: ") and err.count("\n") == 1

@@ -5,12 +5,12 @@ import shlex
 import shutil
 from pathlib import Path
 
+import benchmark
 import numpy as np
 import pytest
 import torch
 from PIL import Image
 
-import benchmark
 import eval as evaluation
 import train
 from models import create_model
@@ -18,7 +18,8 @@ from models import create_model
 ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text(encoding="utf-8")
 PAGES = README + (ROOT / "results/README.md").read_text(encoding="utf-8")
-COMMANDS = [line.split("&&")[-1].strip() for block in re.findall(r"```sh\n(.*?)```", README, re.S) for line in block.splitlines()]
+COMMANDS = [line.split("&&")[-1].strip() for block in re.findall(r"```sh\n(.*?)```", README, re.S)
+            for line in block.splitlines()]
 
 
 def test_the_two_commands_stand_in_the_readme_and_the_gate():
@@ -43,11 +44,17 @@ def test_every_command_runs(easy_glyphs, colors, color_teacher, command, tmp_pat
         for part, n in (("train", 1), ("test", 1 + 50 * (k == 0))):
             (tmp_path / f"cifar/{part}/{k:02d}").mkdir(parents=True)
             for i in range(n):
-                Image.new("RGB", (32, 32), (k, 50, i)).save(tmp_path / f"cifar/{part}/{k:02d}/{i}.png")
+                Image.new("RGB", (32, 32),
+                          (k, 50, i)).save(tmp_path / f"cifar/{part}/{k:02d}/{i}.png")
     constant_teacher("resnet56", 100, "cifar100_resnet56.pth")
-    assert command(train, "--method", "ce", "--data-dir", easy_glyphs, "--student", "resnet14", "--epochs", 3, "--lr", 0.1, "--batch-size", 16, "--run-dir", "runs/teacher-glyphs-resnet14")[0] == 0
-    shorter = {"glyphs": ["--data-dir", easy_glyphs, "--epochs", 2], "cifar100": ["--data-dir", "cifar", "--epochs", 1, "--teacher-checkpoint", "cifar100_resnet56.pth"],
-               "folder": ["--epochs", 2, "--image-size", 16, "--teacher", "resnet8", "--teacher-checkpoint", color_teacher]}
+    assert command(train, "--method", "ce", "--data-dir", easy_glyphs, "--student", "resnet14",
+                   "--epochs", 3, "--lr", 0.1, "--batch-size", 16, "--run-dir",
+                   "runs/teacher-glyphs-resnet14")[0] == 0
+    shorter = {"glyphs": ["--data-dir", easy_glyphs, "--epochs", 2],
+               "cifar100": ["--data-dir", "cifar", "--epochs", 1, "--teacher-checkpoint",
+                            "cifar100_resnet56.pth"],
+               "folder": ["--epochs", 2, "--image-size", 16, "--teacher", "resnet8",
+                          "--teacher-checkpoint", color_teacher]}
     ran = 0
     for line in COMMANDS:
         words = shlex.split(line)
@@ -59,7 +66,8 @@ def test_every_command_runs(easy_glyphs, colors, color_teacher, command, tmp_pat
         else:
             assert words[1:] == ["-m", "pytest"]
             continue
-        status, out, err = command(train if words[1] == "train.py" else evaluation, *words[2:], *extra)
+        status, out, err = command(train if words[1] == "train.py" else evaluation, *words[2:],
+                                   *extra)
         assert status == 0, (line, err)
         ran += 1
     assert ran >= 15
@@ -74,23 +82,30 @@ def test_the_tables_are_what_the_logs_give(what):
 
 def test_what_the_text_says_of_the_recipes_is_what_their_logs_show():
     rows = evaluation.read_rows(ROOT / "results/recipes")
-    twice = {name: evaluation.last_top1(row)[0] for name, row in evaluation.read_rows(ROOT / "results/recipes-twice").items()}
+    twice = {name: evaluation.last_top1(row)[0]
+             for name, row in evaluation.read_rows(ROOT / "results/recipes-twice").items()}
     assert "three seeds show no difference between KD and SLD, and each is at most a point above a student alone" in README
     mean, low, high = evaluation.difference(rows["3-sld"], rows["2-kd"])
-    assert low < 0 < high and all(0 < evaluation.difference(rows[name], rows["1-ce"])[0] < 1 for name in ("2-kd", "3-sld"))
-    assert "After twice the epochs the student alone is ahead of both" in README and max(twice, key=twice.get) == "1-ce"
-    assert all(twice[name] - evaluation.last_top1(rows[name])[0] < 3 for name in rows)      # "No row gains three points"
+    assert low < 0 < high and all(0 < evaluation.difference(rows[name], rows["1-ce"])[0] < 1
+                                  for name in ("2-kd", "3-sld"))
+    assert "After twice the epochs the student alone is ahead of both" in README and max(twice,
+                                                                                         key=twice.get) == "1-ce"
+    # "No row gains three points"
+    assert all(twice[name] - evaluation.last_top1(rows[name])[0] < 3 for name in rows)
 
 
 def test_the_teachers_errors_are_those_of_the_notebook():
     said = re.search(r"it errs on .*?strong views \(.*?\)", PAGES, re.S).group()
     cells = json.loads((ROOT / "analysis.ipynb").read_text(encoding="utf-8"))["cells"]
-    shown = "".join(text for cell in cells for output in cell.get("outputs", []) for text in output.get("text", []) if "the teacher errs on" in text)
-    assert re.findall(r"\d+\.\d", said) == re.findall(r"\d+\.\d", shown) and len(shown.splitlines()) == 3
+    shown = "".join(text for cell in cells for output in cell.get("outputs", [])
+                    for text in output.get("text", []) if "the teacher errs on" in text)
+    assert re.findall(r"\d+\.\d", said) == re.findall(r"\d+\.\d",
+                                                      shown) and len(shown.splitlines()) == 3
 
 
 def test_the_rates_are_the_best_of_their_grids_and_inside_them():
-    """On validation images: mean of the last epoch over the seeds, for each method and for the teacher."""
+    """On validation images: mean of the last epoch over the seeds, for each method and for the
+    teacher."""
     best = {}
     for folder in ("tuning", "tuning-teacher"):
         for name, row in evaluation.read_rows(ROOT / "results" / folder).items():
@@ -113,7 +128,8 @@ def test_the_sample_output_is_that_of_the_committed_run():
 
 @pytest.mark.parametrize("titles", re.findall(r"<!-- benchmark: (.+?) -->", PAGES))
 def test_the_speeds_are_what_the_benchmark_wrote(titles):
-    in_readme = re.search(rf"<!-- benchmark: {titles} -->\n(.*?)\n<!-- end -->", PAGES, re.S).group(1)
+    in_readme = re.search(rf"<!-- benchmark: {titles} -->\n(.*?)\n<!-- end -->", PAGES,
+                          re.S).group(1)
     report = json.loads((ROOT / "results/benchmark/cpu.json").read_text(encoding="utf-8"))
     assert in_readme == "\n\n".join(benchmark.render(report, title) for title in titles.split(", "))
 

@@ -1,7 +1,8 @@
 """What the README promises about runs that are killed, stopped, starved of disk, or started twice.
 
-The kills are real: child processes, SIGKILL at random moments, also within slowed-down writes. Three in the suite;
-as many as you like with  python -m pytest tests/test_reliability.py -k kill --kills 50 -s
+The kills are real: child processes, SIGKILL at random moments, also within slowed-down writes.
+Three in the suite; as many as you like with  python -m pytest tests/test_reliability.py -k kill
+--kills 50 -s
 """
 import errno
 import json
@@ -20,11 +21,13 @@ import torch
 import data
 import train
 
-FOREVER = 60                                                   # seconds a child may take before the test gives it up
+# Seconds a child may take before the test gives it up.
+FOREVER = 60
 
 
 class SlowFile:
-    """Writes in four pieces with a pause after each: most of a run's time is then spent within a write."""
+    """Writes in four pieces with a pause after each: most of a run's time is then spent within a
+    write."""
 
     def __init__(self, path, mode):
         self.file = open(path, mode)
@@ -47,7 +50,8 @@ class SlowFile:
 
 
 def child(folder, arguments, slow, limit):
-    """train.py's main() in a process of its own; what it prints goes to folder/out and folder/err."""
+    """train.py's main() in a process of its own; what it prints goes to folder/out and
+    folder/err."""
     os.chdir(folder)
     sys.stdout, sys.stderr = open("out", "w"), open("err", "w")
     sys.argv = ["train.py", *arguments]
@@ -62,17 +66,21 @@ def child(folder, arguments, slow, limit):
 
 @pytest.fixture
 def start(tmp_path, colors, color_teacher):
-    """start(*arguments) -> a child training sld on `colors` in tmp_path/run, four epochs, two with the student swap."""
+    """start(*arguments) -> a child training sld on `colors` in tmp_path/run, four epochs, two
+    with the student swap."""
     spawn = "forkserver" if "forkserver" in multiprocessing.get_all_start_methods() else "spawn"
     context = multiprocessing.get_context(spawn)
     if spawn == "forkserver":
         context.set_forkserver_preload(["torch", "torchvision", "matplotlib"])
-    fresh = ("--dataset", "folder", "--data-dir", colors, "--image-size", 16, "--student", "resnet8", "--teacher", "resnet8", "--teacher-checkpoint",
-             color_teacher, "--epochs", 4, "--batch-size", 16, "--device", "cpu", "--run-dir", "run")
+    fresh = ("--dataset", "folder", "--data-dir", colors, "--image-size", 16, "--student",
+             "resnet8", "--teacher", "resnet8", "--teacher-checkpoint",
+             color_teacher, "--epochs", 4, "--batch-size", 16, "--device", "cpu", "--run-dir",
+             "run")
     children = []
 
     def begin(*arguments, folder=tmp_path, slow=True, limit=None):
-        arguments = [str(a) for a in (("--resume", "--run-dir", "run") if arguments == ("--resume",) else (*fresh, *arguments))]
+        arguments = [str(a) for a in (("--resume", "--run-dir", "run") if arguments == ("--resume",)
+                                      else (*fresh, *arguments))]
         process = context.Process(target=child, args=(folder, arguments, slow, limit))
         process.start()
         children.append(process)
@@ -99,8 +107,10 @@ def wait_for(path, process):
 def result(folder):
     """Rows without wall times, and the final weights of the student and of the optimiser."""
     rows = [json.loads(line) for line in (folder / "run/metrics.jsonl").read_text().splitlines()]
-    rows = [{k: v for k, v in row.items() if k not in ("seconds", "images_per_second")} for row in rows]
-    last, best = (torch.load(folder / f"run/{name}.pt", weights_only=True) for name in ("last", "best"))
+    rows = [{k: v for k, v in row.items() if k not in ("seconds", "images_per_second")}
+            for row in rows]
+    last, best = (torch.load(folder / f"run/{name}.pt", weights_only=True)
+                  for name in ("last", "best"))
     momentum = [state["momentum_buffer"] for state in last["optimizer"]["state"].values()]
     return rows, [*last["model"].values(), *momentum, *best["model"].values()]
 
@@ -114,8 +124,10 @@ def found(run):
     """What a kill left behind, for the log."""
     last = run / "last.pt"
     epoch = torch.load(last, weights_only=True)["epoch"] if last.exists() else 0
-    torn = [f"{path.name.split('.')[0]} half-written, {path.stat().st_size} bytes" for path in run.glob("*.tmp")]
-    return f"config.json {'there' if (run / 'config.json').exists() else 'not there'}, last.pt of epoch {epoch}{', ' if torn else ''}{', '.join(torn)}"
+    torn = [f"{path.name.split('.')[0]} half-written, {path.stat().st_size} bytes"
+            for path in run.glob("*.tmp")]
+    config = "there" if (run / "config.json").exists() else "not there"
+    return ", ".join([f"config.json {config}", f"last.pt of epoch {epoch}", *torn])
 
 
 def test_killed_at_any_moment_a_run_resumes_to_the_same_bits(start, tmp_path, request):
@@ -136,11 +148,13 @@ def test_killed_at_any_moment_a_run_resumes_to_the_same_bits(start, tmp_path, re
         process.kill()
         process.join()
         left = found(folder / "run")
-        again = start(*(["--resume"] if (folder / "run/config.json").exists() else []), folder=folder)
+        again = start(*(["--resume"] if (folder / "run/config.json").exists() else []),
+                      folder=folder)
         assert finish(again) == 0, (folder / "err").read_text()
         assert_same(result(folder), whole)
         assert not list((folder / "run").glob("*.tmp"))
-        print(f"kill {k + 1:2d} of {kills} after {moment:.3f} of {duration:.3f} s: {left}; resumed, metrics and weights bit-equal", flush=True)
+        print(f"kill {k + 1:2d} of {kills} after {moment:.3f} of {duration:.3f} s: {left}; "
+              f"resumed, metrics and weights bit-equal", flush=True)
         shutil.rmtree(folder)
 
 
@@ -154,7 +168,8 @@ def test_a_signal_ends_the_run_and_says_how_to_go_on(start, tmp_path, number):
     assert finish(process) == 130 and time.monotonic() - begin < 5
     err = (tmp_path / "err").read_text()
     epoch = torch.load(tmp_path / "run/last.pt", weights_only=True)["epoch"]
-    assert err.strip().splitlines()[-1] == f"train.py: interrupted; python train.py --resume --run-dir run goes on after epoch {epoch}"
+    how = f"python train.py --resume --run-dir run goes on after epoch {epoch}"
+    assert err.strip().splitlines()[-1] == f"train.py: interrupted; {how}"
     assert "Traceback" not in err and not list((tmp_path / "run").glob("*.tmp"))
 
 
@@ -170,23 +185,27 @@ def test_a_stopped_run_goes_on_to_the_same_bits(start, tmp_path):
 
 
 def one_line(folder, *culprits):
-    err = [line for line in (folder / "err").read_text().splitlines() if line.startswith("train.py: ")]
+    err = [line for line in (folder / "err").read_text().splitlines()
+           if line.startswith("train.py: ")]
     assert len(err) == 1 and all(str(culprit) in err[0] for culprit in culprits), err
     assert "Traceback" not in (folder / "err").read_text()
 
 
 @pytest.mark.skipif(os.name == "nt", reason="needs a limit on file sizes")
 def test_a_file_that_cannot_grow(start, tmp_path):
-    """A real refusal by the system: best.pt fits under the limit, last.pt with the optimiser does not."""
+    """A real refusal by the system: best.pt fits under the limit, last.pt with the optimiser
+    does not."""
     process = start(limit=500_000)
     assert finish(process) == 2
     one_line(tmp_path, "run: cannot write epoch 1", "no epoch is saved")
-    assert sorted(path.name for path in (tmp_path / "run").iterdir()) == ["best.pt", "config.json", "env.json", "lock"]
+    assert sorted(path.name for path in (tmp_path / "run").iterdir()) == ["best.pt", "config.json",
+                                                                          "env.json", "lock"]
     assert finish(start("--resume")) == 0
 
 
 @pytest.mark.parametrize("kind", [errno.ENOSPC, errno.EROFS, errno.EACCES, "deleted"],
-                         ids=["full disk", "read-only file system", "no permission", "deleted run folder"])
+                         ids=["full disk", "read-only file system", "no permission",
+                              "deleted run folder"])
 @pytest.mark.parametrize("at", ["last.pt", "metrics.jsonl"])
 def test_a_disk_that_fails_in_mid_run(short, command, monkeypatch, tmp_path, kind, at):
     whole = train.run(short(), "whole")
@@ -199,7 +218,9 @@ def test_a_disk_that_fails_in_mid_run(short, command, monkeypatch, tmp_path, kin
             self.path = path
 
         def due(self, path):
-            return at in str(path) and os.path.exists("run/last.pt") and torch.load("run/last.pt", weights_only=True)["epoch"] == 2
+            if at not in str(path) or not os.path.exists("run/last.pt"):
+                return False
+            return torch.load("run/last.pt", weights_only=True)["epoch"] == 2
 
         def write(self, content):
             if kind == errno.ENOSPC and self.due(self.path):
@@ -215,7 +236,8 @@ def test_a_disk_that_fails_in_mid_run(short, command, monkeypatch, tmp_path, kin
     if kind == "deleted":
         assert "no epoch is saved there" in str(caught.value) and not os.path.exists("run")
         return
-    assert "--resume --run-dir run goes on" in str(caught.value) and not list(Path("run").glob("*.tmp"))
+    assert "--resume --run-dir run goes on" in str(caught.value)
+    assert not list(Path("run").glob("*.tmp"))
     assert torch.load("run/last.pt", weights_only=True)["epoch"] == 2
     again = train.run(train.Settings(), "run", resume=True)
     assert [row["loss"] for row in again] == [row["loss"] for row in whole]
@@ -230,7 +252,8 @@ def test_lost_metrics_come_back_from_the_checkpoint(short):
 
 def test_two_runs_in_one_folder(start, tmp_path):
     (tmp_path / "second").mkdir()
-    (tmp_path / "second/run").symlink_to(tmp_path / "run", target_is_directory=True)      # so that each has its own output
+    # So that each has its own output.
+    (tmp_path / "second/run").symlink_to(tmp_path / "run", target_is_directory=True)
     first = start("--epochs", 30)
     wait_for(tmp_path / "run/last.pt", first)
     assert finish(start("--resume", folder=tmp_path / "second")) == 2
@@ -252,13 +275,16 @@ def test_two_runs_that_start_at_once(start, tmp_path):
 
 def test_two_runs_that_need_the_same_teacher(short, colors, monkeypatch):
     monkeypatch.setitem(train.SIZES, "folder", train.SIZES["folder"] | dict(epochs=4))
-    arguments = dict(dataset="folder", data_dir=str(colors), image_size=16, teacher="resnet8", student="resnet8", epochs=1, device="cpu")
+    arguments = dict(dataset="folder", data_dir=str(colors), image_size=16, teacher="resnet8",
+                     student="resnet8", epochs=1, device="cpu")
     real, inside = train.train_epoch, []
 
     def second_run(*a):
-        if not inside:                                         # while the first one trains the teacher
+        # While the first one trains the teacher.
+        if not inside:
             inside.append(True)
-            with pytest.raises(data.UserError, match="another process is training there; wait until it is done"):
+            with pytest.raises(data.UserError,
+                               match="another process is training there; wait until it is done"):
                 train.run(train.Settings(**arguments))
         return real(*a)
     monkeypatch.setattr(train, "train_epoch", second_run)
@@ -272,5 +298,6 @@ def test_the_teachers_of_two_folders_with_one_name_are_kept_apart(colors, monkey
     shutil.copytree(colors, f"other/{colors.name}")
     os.remove(f"other/{colors.name}/train/red/0.png")
     for root in (colors, f"other/{colors.name}"):
-        train.run(train.Settings(dataset="folder", data_dir=str(root), image_size=16, teacher="resnet8", epochs=1, device="cpu"))
+        train.run(train.Settings(dataset="folder", data_dir=str(root), image_size=16,
+                                 teacher="resnet8", epochs=1, device="cpu"))
     assert len(list(Path("runs").glob(f"teacher-{colors.name}-16px-*-resnet8"))) == 2

@@ -16,23 +16,32 @@ from train import Settings, learning_rate, resolve, run
 
 def test_the_published_experiment_needs_no_further_flag():
     s = resolve(Settings(method="sld", dataset="cifar100", teacher="resnet56", student="resnet20"))
-    assert (s.epochs, s.batch_size, s.lr, s.weight_decay, s.optimizer, s.schedule) == (240, 64, 0.025, 5e-4, "sgd", "step")
-    assert (s.views, s.temperatures, s.gamma, s.ce_weight, s.kd_weight) == ("both", (1, 2, 3, 4, 5, 6), 150, 0.1, 0.9)
+    assert (s.epochs, s.batch_size, s.lr, s.weight_decay, s.optimizer,
+            s.schedule) == (240, 64, 0.025, 5e-4, "sgd", "step")
+    assert (s.views, s.temperatures, s.gamma, s.ce_weight, s.kd_weight) == ("both",
+                                                                            (1, 2, 3, 4, 5, 6), 150,
+                                                                            0.1, 0.9)
     assert (s.teacher_fix, s.student_swap, s.detach, s.warmup) == ("swap", True, False, 0)
     kd = resolve(Settings(method="kd", dataset="cifar100"))
-    assert (kd.views, kd.temperatures, kd.lr, kd.ce_weight, kd.kd_weight, kd.gamma) == ("weak", (4,), 0.05, 0.1, 0.9, None)
+    assert (kd.views, kd.temperatures, kd.lr, kd.ce_weight, kd.kd_weight,
+            kd.gamma) == ("weak", (4,), 0.05, 0.1, 0.9, None)
     ce = resolve(Settings(method="ce", dataset="cifar100"))
     assert (ce.views, ce.lr, ce.teacher, ce.kd_weight) == ("weak", 0.05, None, None)
 
 
 def test_the_default_is_sld_on_glyphs():
     s = resolve(Settings())
-    assert (s.method, s.dataset, s.teacher, s.student, s.epochs, s.gamma) == ("sld", "glyphs", "resnet14", "resnet8", 8, 5)
-    assert (s.image_size, s.evaluate, s.optimizer, s.schedule, s.warmup) == (data.GLYPHS_SIZE, "test", "sgd", "cosine", 0.8)
+    assert (s.method, s.dataset, s.teacher, s.student, s.epochs, s.gamma) == ("sld", "glyphs",
+                                                                              "resnet14", "resnet8",
+                                                                              8, 5)
+    assert (s.image_size, s.evaluate, s.optimizer, s.schedule, s.warmup) == (data.GLYPHS_SIZE,
+                                                                             "test", "sgd",
+                                                                             "cosine", 0.8)
 
 
 def test_glyphs_has_tuned_rates_and_the_other_data_sets_the_published_ones():
-    rates = {name: [resolve(Settings(method=method, dataset=name)).lr for method in train.METHODS] for name in data.DATASETS}
+    rates = {name: [resolve(Settings(method=method, dataset=name)).lr for method in train.METHODS]
+             for name in data.DATASETS}
     assert rates.pop("glyphs") == [train.TUNED["sgd"]["lr"][method] for method in train.METHODS]
     assert set(map(tuple, rates.values())) == {(0.05, 0.05, 0.025)}
     assert {resolve(Settings(dataset=name)).schedule for name in rates} == {"step"}
@@ -42,16 +51,19 @@ def test_glyphs_has_tuned_rates_and_the_other_data_sets_the_published_ones():
 def test_a_vit_student_has_its_own_recipe():
     s = resolve(Settings(student="vit_nano"))
     assert (s.optimizer, s.schedule) == ("adamw", "cosine") and s.warmup > 0
-    assert resolve(Settings(student="vit_nano", optimizer="sgd", dataset="cifar100")).schedule == "step"
+    assert resolve(Settings(student="vit_nano", optimizer="sgd",
+                            dataset="cifar100")).schedule == "step"
 
 
 def test_the_learning_rate_drops_after_150_180_210_of_240():
     s = resolve(Settings(dataset="cifar100"))
-    for epoch, factor in ((1, 1), (150, 1), (151, .1), (180, .1), (181, .01), (210, .01), (211, .001), (240, .001)):
+    for epoch, factor in ((1, 1), (150, 1), (151, .1), (180, .1), (181, .01), (210, .01),
+                          (211, .001), (240, .001)):
         for within in (0.0006, 0.9994):
             assert learning_rate(s, epoch - 1 + within) == pytest.approx(0.025 * factor)
     short = resolve(Settings(dataset="cifar100", epochs=12))
-    assert short.gamma == 8 and learning_rate(short, 7.99) == 0.025 and learning_rate(short, 8.01) == pytest.approx(0.0025)
+    assert short.gamma == 8 and learning_rate(short, 7.99) == 0.025
+    assert learning_rate(short, 8.01) == pytest.approx(0.0025)
 
 
 def test_cosine_with_warm_up():
@@ -61,9 +73,12 @@ def test_cosine_with_warm_up():
 
 @pytest.mark.parametrize("method, change, names", [
     ("ce", {}, {"ce"}), ("ce", dict(views="both"), {"ce"}), ("kd", {}, {"ce", "teacher"}),
-    ("kd", dict(views="both", temperatures=(1.0, 2.0)), {"ce", "teacher"}), ("sld", {}, {"ce", "teacher", "student"}),
-    ("sld", dict(teacher_fix="add", omega=2.0), {"ce", "teacher", "student"}), ("sld", dict(student_swap=False), {"ce", "teacher"}),
-    ("sld", dict(teacher_fix="none", detach=True, gamma=0, views="weak"), {"ce", "teacher", "student"})])
+    ("kd", dict(views="both", temperatures=(1.0, 2.0)), {"ce", "teacher"}),
+    ("sld", {}, {"ce", "teacher", "student"}),
+    ("sld", dict(teacher_fix="add", omega=2.0), {"ce", "teacher", "student"}),
+    ("sld", dict(student_swap=False), {"ce", "teacher"}),
+    ("sld", dict(teacher_fix="none", detach=True, gamma=0, views="weak"),
+     {"ce", "teacher", "student"})])
 def test_each_method_trains(short, method, change, names):
     history = run(short(method=method, **change), "run")
     assert [row["epoch"] for row in history] == [1, 2, 3, 4]
@@ -72,8 +87,11 @@ def test_each_method_trains(short, method, change, names):
     assert last["loss"] == pytest.approx(sum(v for k, v in last.items() if k.startswith("loss_")))
     assert last["test_top1"] > 50 and last["best_top1"] == max(row["test_top1"] for row in history)
     assert ("swap_teacher_weak" in last) == (method != "ce")
-    assert ("swap_teacher_strong" in last) == (method != "ce" and train.resolve(short(method=method, **change)).views == "both")
-    if method == "sld" and "gamma" not in change and "student_swap" not in change:      # gamma 2 of 4 epochs
+    assert ("swap_teacher_strong" in last) == (method != "ce"
+                                               and train.resolve(short(method=method,
+                                                                       **change)).views == "both")
+    # Gamma 2 of 4 epochs.
+    if method == "sld" and "gamma" not in change and "student_swap" not in change:
         assert ["loss_student" in row for row in history] == [False, False, True, True]
 
 
@@ -82,13 +100,16 @@ def test_a_run_folder_describes_itself(short):
     assert [json.loads(line) for line in open("run/metrics.jsonl")] == history
     config = json.load(open("run/config.json"))
     assert set(config) == {field.name for field in dataclasses.fields(Settings)}
-    assert config["gamma"] == 2 and config["temperatures"] == [1, 2, 3, 4, 5, 6] and config["amp"] in (True, False)
-    assert {"torch", "python", "device", "commit", "command"} <= set(json.load(open("run/env.json")))
+    assert config["gamma"] == 2 and config["temperatures"] == [1, 2, 3, 4, 5,
+                                                               6] and config["amp"] in (True, False)
+    assert {"torch", "python", "device", "commit",
+            "command"} <= set(json.load(open("run/env.json")))
     for name in ("last.pt", "best.pt"):
         checkpoint = torch.load(f"run/{name}", weights_only=True)
         assert set(checkpoint["model"]) == set(train.create_model("resnet8", 3).state_dict())
     import os
-    assert sorted(os.listdir("run")) == ["best.pt", "config.json", "curves.png", "env.json", "last.pt",
+    assert sorted(os.listdir("run")) == ["best.pt", "config.json", "curves.png", "env.json",
+                                         "last.pt",
                                          "lock", "metrics.jsonl"]
 
 
@@ -96,20 +117,28 @@ def test_val_measures_on_a_tenth_that_is_not_trained_on(short, colors, command):
     images, labels = data.load("folder", colors, 16).train
     val = data.load("folder", colors, 16, evaluate="val")
     rows = {image.numpy().tobytes() for image in images}
-    trained, measured = ({image.numpy().tobytes() for image in part[0]} for part in (val.train, val.test))
-    assert trained | measured == rows and not trained & measured and (len(val.train[1]), len(val.test[1])) == (108, 12)
+    trained, measured = ({image.numpy().tobytes() for image in part[0]}
+                         for part in (val.train, val.test))
+    assert trained | measured == rows and not trained & measured and (len(val.train[1]),
+                                                                      len(val.test[1])) == (108, 12)
     history = run(short(evaluate="val"), "run")
-    assert {"val_top1", "val_top5", "val_nll"} <= set(history[-1]) and not any(key.startswith("test_") for key in history[-1])
+    assert {"val_top1", "val_top5",
+            "val_nll"} <= set(history[-1]) and not any(key.startswith("test_")
+                                                       for key in history[-1])
     assert json.load(open("run/config.json"))["evaluate"] == "val"
     status, out, _ = command(train, "--resume", "--run-dir", "run")
-    assert status == 0 and "108 training and 12 validation images" in out and " val% " in out and "(selected on val)" in out
+    assert status == 0
+    assert "108 training and 12 validation images" in out
+    assert " val% " in out
+    assert "(selected on val)" in out
     status, _, err = command(train, "--resume", "--run-dir", "run", "--evaluate", "test")
     assert status == 2 and "--evaluate val -> test" in err
 
 
 def test_a_teacher_for_val_does_not_know_the_images_that_are_measured_on(colors, monkeypatch):
     monkeypatch.setitem(train.SIZES, "folder", train.SIZES["folder"] | dict(epochs=4))
-    run(Settings(dataset="folder", data_dir=str(colors), image_size=16, teacher="resnet8", epochs=1, evaluate="val"), "run")
+    run(Settings(dataset="folder", data_dir=str(colors), image_size=16, teacher="resnet8", epochs=1,
+                 evaluate="val"), "run")
     teacher, = data.Path("runs").glob("teacher-*-val-resnet8")
     assert json.loads((teacher / "config.json").read_text())["evaluate"] == "val"
 
@@ -118,7 +147,9 @@ def test_eval_gives_the_numbers_of_the_log(short, command):
     history = run(short(), "run")
     status, out, _ = command(evaluation, "run/last.pt", "--json")
     report = json.loads(out)
-    assert status == 0 and report["top1"] == history[-1]["test_top1"] and report["nll"] == history[-1]["test_nll"]
+    assert status == 0
+    assert report["top1"] == history[-1]["test_top1"]
+    assert report["nll"] == history[-1]["test_nll"]
     best = json.loads(command(evaluation, "run/best.pt", "--json")[1])
     assert best["top1"] == history[-1]["best_top1"]
 
@@ -128,14 +159,16 @@ def train_one_epoch(s, teacher, epoch=1):
     loaded = data.load(s.dataset, s.data_dir, s.image_size)
     torch.manual_seed(s.seed)
     student = train.create_model(s.student, 3, s.image_size)
-    optimizer = torch.optim.SGD(student.parameters(), s.lr, momentum=0.9, weight_decay=s.weight_decay)
+    optimizer = torch.optim.SGD(student.parameters(), s.lr, momentum=0.9,
+                                weight_decay=s.weight_decay)
     autocast, scaler = train.mixed_precision(torch.device("cpu"), on=False)
     learner = train.Learner(student, teacher, None, optimizer, autocast, scaler)
     return student, train.train_epoch(s, epoch, learner, loaded)
 
 
 def test_an_epoch_is_the_plain_loop(short, color_teacher):
-    """The twenty lines a reader would write: S6 view by view, a teacher pass each, one kl call a temperature."""
+    """The twenty lines a reader would write: S6 view by view, a teacher pass each, one kl call a
+    temperature."""
     s = resolve(short(gamma=0, amp=False, lr=1e-3))
     teacher = evaluation.load_model(color_teacher)[0].requires_grad_(False)
     ours, sums = train_one_epoch(s, teacher)
@@ -143,7 +176,8 @@ def test_an_epoch_is_the_plain_loop(short, color_teacher):
     loaded = data.load(s.dataset, s.data_dir, s.image_size)
     torch.manual_seed(s.seed)
     student = train.create_model("resnet8", 3)
-    optimizer = torch.optim.SGD(student.parameters(), s.lr, momentum=0.9, weight_decay=s.weight_decay)
+    optimizer = torch.optim.SGD(student.parameters(), s.lr, momentum=0.9,
+                                weight_decay=s.weight_decay)
     total, wrong = 0, 0
     for views, y in data.batches(loaded, s.batch_size, "both", s.seed, 1):
         loss = 0
@@ -152,7 +186,8 @@ def test_an_epoch_is_the_plain_loop(short, color_teacher):
             wrong += (z_t.argmax(1) != y).sum().item()
             loss = loss + 0.1 * torch.nn.functional.cross_entropy(z_s, y)
             for T in range(1, 7):
-                loss = loss + 0.9 * losses.kl(z_s, losses.swap(z_t, y), T) + 0.9 * losses.kl(z_s, losses.swap(z_s, y), T)
+                loss = loss + 0.9 * losses.kl(z_s, losses.swap(z_t, y), T)
+                loss = loss + 0.9 * losses.kl(z_s, losses.swap(z_s, y), T)
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
@@ -179,11 +214,14 @@ def test_the_teacher_is_frozen_and_outside(short, color_teacher, monkeypatch, me
     file = color_teacher.read_bytes()
     run(short(method=method, amp=amp, epochs=2), "run")
     (teacher, before), = held
-    assert not teacher.training and before and all(torch.equal(v, before[k]) for k, v in teacher.state_dict().items())
+    assert not teacher.training and before and all(torch.equal(v, before[k])
+                                                   for k, v in teacher.state_dict().items())
     assert color_teacher.read_bytes() == file
     assert not any(p.requires_grad or p.grad is not None for p in teacher.parameters())
     checkpoint = torch.load("run/last.pt", weights_only=True)
-    assert len(checkpoint["optimizer"]["param_groups"][0]["params"]) == len(list(train.create_model("resnet8", 3).parameters()))
+    student = train.create_model("resnet8", 3)
+    moved = checkpoint["optimizer"]["param_groups"][0]["params"]
+    assert len(moved) == len(list(student.parameters()))
 
 
 def test_the_teacher_sees_the_very_tensors_that_the_student_sees(short, color_teacher):
@@ -200,15 +238,21 @@ def test_the_teacher_sees_the_very_tensors_that_the_student_sees(short, color_te
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(train, "create_model", watch)
         train_one_epoch(s, teacher)
-    pairs = [torch.cat(watched[i:i + 2]) for i in range(0, len(watched), 2)]      # weak first, then strong
-    assert len(seen) == 4 and [len(x) for x in seen] == [64, 64, 64, 48] and all(map(torch.equal, seen, pairs))
+    # Weak first, then strong.
+    pairs = [torch.cat(watched[i:i + 2]) for i in range(0, len(watched), 2)]
+    assert len(seen) == 4 and [len(x) for x in seen] == [64, 64, 64,
+                                                         48] and all(map(torch.equal, seen, pairs))
     assert not torch.equal(watched[0], watched[1])
 
 
-@pytest.mark.parametrize("change", [dict(method="ce"), dict(method="kd"), dict(method="sld"), dict(method="sld", student="vit_nano"),
-                                    dict(method="kd", optimizer="sgd", schedule="cosine"), dict(method="ce", optimizer="adamw", schedule="step")],
-                         ids=["ce", "kd", "sld", "sld-adamw-cosine", "kd-sgd-cosine", "ce-adamw-step"])
-@pytest.mark.parametrize("stop", [1, 2])                       # gamma and the first drop of the rate come after epoch 2
+@pytest.mark.parametrize("change", [dict(method="ce"), dict(method="kd"), dict(method="sld"),
+                                    dict(method="sld", student="vit_nano"),
+                                    dict(method="kd", optimizer="sgd", schedule="cosine"),
+                                    dict(method="ce", optimizer="adamw", schedule="step")],
+                         ids=["ce", "kd", "sld", "sld-adamw-cosine", "kd-sgd-cosine",
+                              "ce-adamw-step"])
+# Gamma and the first drop of the rate come after epoch 2.
+@pytest.mark.parametrize("stop", [1, 2])
 def test_resume_is_exact(short, change, stop, monkeypatch):
     whole = run(short(**change), "whole")
 
@@ -223,15 +267,18 @@ def test_resume_is_exact(short, change, stop, monkeypatch):
     with pytest.raises(Stop):
         run(short(**change), "cut")
     monkeypatch.setattr(train, "train_epoch", real)
-    with open("cut/metrics.jsonl", "a") as file:               # an epoch whose checkpoint was never written, and a torn one
+    # An epoch whose checkpoint was never written, and a torn one.
+    with open("cut/metrics.jsonl", "a") as file:
         file.write('{"epoch": 99, "test_top1": 100.0}\n{"epo')
     again = run(Settings(), "cut", resume=True)
     def timeless(rows):
-        return [{k: v for k, v in row.items() if k not in ("seconds", "images_per_second")} for row in rows]
+        return [{k: v for k, v in row.items() if k not in ("seconds", "images_per_second")}
+                for row in rows]
     assert timeless(again) == timeless(whole)
     assert timeless([json.loads(line) for line in open("cut/metrics.jsonl")]) == timeless(whole)
     for name in ("last.pt", "best.pt"):
-        a, b = (torch.load(f"{run_dir}/{name}", weights_only=True)["model"] for run_dir in ("whole", "cut"))
+        a, b = (torch.load(f"{run_dir}/{name}", weights_only=True)["model"]
+                for run_dir in ("whole", "cut"))
         assert all(torch.equal(a[k], b[k]) for k in a)
 
 
@@ -243,7 +290,8 @@ def test_resuming_a_finished_run_changes_nothing(short):
 
 
 def test_the_teacher_is_trained_first_and_then_cached(colors, command, monkeypatch):
-    arguments = ("--dataset", "folder", "--data-dir", colors, "--image-size", 16, "--teacher", "resnet8", "--epochs", 1, "--device", "cpu")
+    arguments = ("--dataset", "folder", "--data-dir", colors, "--image-size", 16, "--teacher",
+                 "resnet8", "--epochs", 1, "--device", "cpu")
     monkeypatch.setitem(train.SIZES, "folder", train.SIZES["folder"] | dict(epochs=4))
     status, out, _ = command(train, *arguments)
     assert status == 0 and out.count("no resnet8 teacher") == 1 and "test top-1" in out
@@ -264,17 +312,22 @@ def test_a_run_from_before_there_was_a_validation_part_goes_on(short):
 
 
 def test_seeds_differ_and_repeat(short):
-    a, b, c = (run(short(method="ce", seed=seed, epochs=1), name)[0]["loss"] for name, seed in (("a", 1), ("b", 1), ("c", 2)))
+    a, b, c = (run(short(method="ce", seed=seed, epochs=1), name)[0]["loss"]
+               for name, seed in (("a", 1), ("b", 1), ("c", 2)))
     assert a == b != c
 
 
 def test_the_default_run_says_what_it_minimises(easy_glyphs, command):
-    status, out, err = command(train, "--method", "ce", "--student", "resnet14", "--data-dir", easy_glyphs, "--epochs", 3, "--lr", 0.1, "--batch-size", 16, "--run-dir", "teacher")
+    status, out, err = command(train, "--method", "ce", "--student", "resnet14", "--data-dir",
+                               easy_glyphs, "--epochs", 3, "--lr", 0.1, "--batch-size", 16,
+                               "--run-dir", "teacher")
     assert status == 0, err
-    status, out, err = command(train, "--method", "sld", "--data-dir", easy_glyphs, "--epochs", 2, "--teacher-checkpoint", "teacher/last.pt")
+    status, out, err = command(train, "--method", "sld", "--data-dir", easy_glyphs, "--epochs", 2,
+                               "--teacher-checkpoint", "teacher/last.pt")
     assert status == 0, err
     assert "0.9 T^2 KL(swapped teacher || student) at T = 1, 2, 3, 4, 5, 6" in out
-    assert "KL(swapped student || student) from epoch 2 on" in out and "weak and strong views" in out
+    assert "KL(swapped student || student) from epoch 2 on" in out
+    assert "weak and strong views" in out
     rows = [line for line in out.splitlines() if line.split()[:1] in (["epoch"], ["1"], ["2"])]
     assert len({len(line) for line in rows}) == 1 and len(rows) == 3
 
@@ -282,11 +335,15 @@ def test_the_default_run_says_what_it_minimises(easy_glyphs, command):
 @pytest.mark.parametrize("teacher, student", [("resnet14", "vit_nano"), ("vit_nano", "resnet8")])
 def test_a_vit_as_student_and_as_teacher(short, teacher, student):
     first = run(short(method="ce", student=teacher, batch_size=8), "teacher")
-    history = run(short(teacher=teacher, student=student, teacher_checkpoint="teacher/last.pt", batch_size=8), "run")
-    assert first[-1]["test_top1"] > 50 and history[-1]["test_top1"] > 50      # chance is 33
+    history = run(short(teacher=teacher, student=student, teacher_checkpoint="teacher/last.pt",
+                        batch_size=8), "run")
+    # Chance is 33.
+    assert first[-1]["test_top1"] > 50 and history[-1]["test_top1"] > 50
 
 
-@pytest.mark.parametrize("change", [dict(views="strong"), dict(method="mlkd"), dict(student="resnet9"), dict(temperatures=()), dict(gamma=8), dict(evaluate="train")])
+@pytest.mark.parametrize("change",
+                         [dict(views="strong"), dict(method="mlkd"), dict(student="resnet9"),
+                          dict(temperatures=()), dict(gamma=8), dict(evaluate="train")])
 def test_a_notebooks_mistakes_raise_one_line(change):
     with pytest.raises(data.UserError, match=next(iter(change))):
         resolve(Settings(**change))
@@ -294,7 +351,8 @@ def test_a_notebooks_mistakes_raise_one_line(change):
 
 def test_a_teacher_interrupted_in_its_first_epoch_is_trained_again(colors, command, monkeypatch):
     monkeypatch.setitem(train.SIZES, "folder", train.SIZES["folder"] | dict(epochs=4))
-    arguments = ("--dataset", "folder", "--data-dir", colors, "--image-size", 16, "--teacher", "resnet8", "--epochs", 1, "--device", "cpu")
+    arguments = ("--dataset", "folder", "--data-dir", colors, "--image-size", 16, "--teacher",
+                 "resnet8", "--epochs", 1, "--device", "cpu")
     real, calls = train.train_epoch, []
     def interrupted(*a):
         calls.append(a)
@@ -319,20 +377,25 @@ def test_a_full_gpu_names_the_batch_size_and_a_smaller_one(short, monkeypatch):
 def test_mixed_precision_follows_float32(short):
     """Loss by loss over three seeds."""
     for seed in range(3):
-        mixed, exact = (run(short(seed=seed, amp=amp, lr=1e-3, epochs=3), f"{amp}{seed}") for amp in (True, False))
+        mixed, exact = (run(short(seed=seed, amp=amp, lr=1e-3, epochs=3), f"{amp}{seed}")
+                        for amp in (True, False))
         assert mixed != exact
-        assert [row["loss"] for row in mixed] == pytest.approx([row["loss"] for row in exact], rel=0.02)
+        assert [row["loss"] for row in mixed] == pytest.approx([row["loss"] for row in exact],
+                                                               rel=0.02)
 
 
 def scaled(scale):
     """float32 under a GradScaler that starts at `scale`: float16's bookkeeping, on the CPU."""
-    return lambda device, on: (torch.autocast("cpu", torch.bfloat16, enabled=False), torch.amp.GradScaler("cpu", init_scale=scale))
+    return lambda device, on: (torch.autocast("cpu", torch.bfloat16, enabled=False),
+                               torch.amp.GradScaler("cpu", init_scale=scale))
 
 
 def test_the_grad_scaler_changes_no_result(short, monkeypatch):
     plain = run(short(epochs=2, amp=False), "plain")
     monkeypatch.setattr(train, "mixed_precision", scaled(2.0 ** 10))
-    assert [row["loss"] for row in run(short(epochs=2), "scaled")] == pytest.approx([row["loss"] for row in plain], rel=1e-5)
+    assert [row["loss"]
+            for row in run(short(epochs=2),
+                           "scaled")] == pytest.approx([row["loss"] for row in plain], rel=1e-5)
 
 
 def test_skipped_steps_are_counted(short, monkeypatch):
