@@ -15,11 +15,11 @@ def _full(logits):
     return logits.float() if logits.dtype in (torch.float16, torch.bfloat16) else logits
 
 
-def _soften(logits, temperatures):
-    """T (K, 1, 1) and log p_T (K, B, C), all K temperatures in one computation. T is filled on the
-    device, since a copy from the host would make the GPU wait at every step."""
-    T = torch.cat([logits.new_full((1, 1, 1), t) for t in temperatures])
-    return T, F.log_softmax(logits / T, -1)
+def _soften(z_s, z_t, temperatures):
+    """T (K, 1, 1) and log p_T (K, B, C) of both, all K temperatures in one computation. T is filled
+    on the device, since a copy from the host would make the GPU wait at every step."""
+    T = torch.cat([z_s.new_full((1, 1, 1), t) for t in temperatures])
+    return T, F.log_softmax(z_s / T, -1), F.log_softmax(z_t / T, -1)
 
 
 def _kl(T, log_p_s, log_p_t):
@@ -34,7 +34,7 @@ def _margin(T, log_p_s, z_s, target, detach):
     The swap changes two classes only: with d = z_m - z_y >= 0 and p = p_T(z_s),
         T^2 * KL = T * (p_m - p_y) * d,
     a margin penalty on the student's own mistakes, zero, value and gradient, where it is right.
-    F.kl_div with a target that carries gradient turns NaN once a probability underflows; this does not.
+    F.kl_div with a target that carries gradient is NaN once a probability underflows; this is not.
     """
     y, m = target[:, None], z_s.argmax(1, keepdim=True)                  # (B, 1) each
     d = z_s.gather(1, m) - z_s.gather(1, y)                              # (B, 1)
@@ -44,7 +44,7 @@ def _margin(T, log_p_s, z_s, target, detach):
 
 
 def kl(student_logits, teacher_logits, temperature):
-    """(S2)  T^2 * KL( p_T(z_t) || p_T(z_s) ), summed over classes, averaged over the batch: a scalar.
+    """(S2)  T^2 * KL( p_T(z_t) || p_T(z_s) ), summed over classes, batch mean: a scalar.
 
     Source: Hinton, Vinyals, Dean, "Distilling the Knowledge in a Neural Network", 2015.
 
@@ -53,9 +53,7 @@ def kl(student_logits, teacher_logits, temperature):
     - T^2, because the gradient of the KL shrinks with 1/T^2; so each temperature has a like say.
     - Gradient reaches whichever side requires it. A frozen teacher's logits do not.
     """
-    T, log_p_s = _soften(_full(student_logits), (temperature,))
-    _, log_p_t = _soften(_full(teacher_logits), (temperature,))
-    return _kl(T, log_p_s, log_p_t)
+    return _kl(*_soften(_full(student_logits), _full(teacher_logits), (temperature,)))
 
 
 def ce(student_logits, target):
@@ -63,29 +61,28 @@ def ce(student_logits, target):
     return {"ce": F.cross_entropy(_full(student_logits), target)}
 
 
-def kd(student_logits, teacher_logits, target, *, temperatures=(4.0,), ce_weight=0.1, kd_weight=0.9):
-    """{"ce", "teacher"}: plain KD,  a * CE + b * sum over T of (S2).  The KL never sees the label."""
+def kd(student_logits, teacher_logits, target, *, temperatures=(4.0,), ce_weight=0.1,
+       kd_weight=0.9):
+    """{"ce", "teacher"}: plain KD,  a * CE + b * sum over T of (S2).  The KL never sees a label."""
     z_s, z_t = _full(student_logits), _full(teacher_logits)
-    T, log_p_s = _soften(z_s, temperatures)
-    _, log_p_t = _soften(z_t, temperatures)
     return {"ce": ce_weight * F.cross_entropy(z_s, target),
-            "teacher": kd_weight * _kl(T, log_p_s, log_p_t)}
+            "teacher": kd_weight * _kl(*_soften(z_s, z_t, temperatures))}
 
 
-def sld(student_logits, teacher_logits, target, *, epoch, gamma=150, temperatures=(1, 2, 3, 4, 5, 6),
-        ce_weight=0.1, kd_weight=0.9, teacher_fix="swap", student_swap=True, detach=False, omega=None):
+def sld(student_logits, teacher_logits, target, *, epoch, gamma=150,
+        temperatures=(1, 2, 3, 4, 5, 6), ce_weight=0.1, kd_weight=0.9, teacher_fix="swap",
+        student_swap=True, detach=False, omega=None):
     """{"ce", "teacher", "student"}: Swapped Logit Distillation, (S6) for one view,
         a * CE + b * ( L_TS + 1[epoch > gamma] * L_SS ).
 
     epoch: counts from 1. gamma: the last epoch without L_SS; until then "student" is absent.
     temperatures: the K values of T. ce_weight, kd_weight: a and b.
-    teacher_fix: "swap" is (S3); "add" puts GA with `omega` in its place; "none" leaves the teacher be.
-    student_swap=False drops L_SS. detach: False, as released, lets gradient through the pseudo-teacher
-    too; True leaves +-T (p_m - p_y) on the two swapped classes and nothing elsewhere.
-    Raises ValueError for another teacher_fix, or "add" without omega; a label outside 0..C-1 raises too.
+    teacher_fix: "swap" is (S3); "add" puts GA with `omega` in its place; "none" changes nothing.
+    student_swap=False drops L_SS. detach: False, as released, lets gradient through the
+    pseudo-teacher too; True leaves +-T (p_m - p_y) on the two swapped classes and no more.
+    Raises ValueError for another teacher_fix, or "add" without omega; a label outside 0..C-1 too.
     """
     z_s, z_t = _full(student_logits), _full(teacher_logits)
-    T, log_p_s = _soften(z_s, temperatures)
 
     # (S3)  L_TS = sum over T of  kl(z_s, swap(z_t, y), T)
     if teacher_fix == "swap":
@@ -96,7 +93,7 @@ def sld(student_logits, teacher_logits, target, *, epoch, gamma=150, temperature
         z_t = add_to_target(z_t, target, omega)
     elif teacher_fix != "none":
         raise ValueError(f"teacher_fix must be 'swap', 'add' or 'none', not {teacher_fix!r}")
-    _, log_p_t = _soften(z_t, temperatures)
+    T, log_p_s, log_p_t = _soften(z_s, z_t, temperatures)
     terms = {"ce": ce_weight * F.cross_entropy(z_s, target),
              "teacher": kd_weight * _kl(T, log_p_s, log_p_t)}
 

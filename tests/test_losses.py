@@ -1,4 +1,4 @@
-"""The objectives against the released code's numbers, a float64 loop, hand derivatives and autograd."""
+"""The objectives against the released code's numbers, float64 loops, hand derivatives, autograd."""
 import math
 from pathlib import Path
 
@@ -40,7 +40,8 @@ def test_there_are_three_golden_files():
 def test_golden_values_and_gradients(path, epoch):
     golden = {name: torch.from_numpy(np.asarray(value)) for name, value in np.load(path).items()}
     target = golden["target"]
-    a, b = (round(weight, 6) for weight in golden["weights"].tolist())      # stored as float32: 0.1, not 0.10000000149
+    # Stored as float32: 0.1, not 0.10000000149.
+    a, b = (round(weight, 6) for weight in golden["weights"].tolist())
     for who in ("teacher", "student"):
         assert torch.equal(swap(golden[f"{who}_weak"], target), golden[f"swap_{who}_weak"])
     students = [golden[f"student_{view}"].clone().requires_grad_() for view in ("weak", "strong")]
@@ -67,7 +68,8 @@ def test_the_gradient_of_kl_is_T_times_the_difference_of_probabilities():
     z_s, z_t, _ = batch()
     for T in T6:
         expected = T * ((z_s / T).softmax(1) - (z_t / T).softmax(1)) / len(z_s)
-        torch.testing.assert_close(torch.autograd.grad(losses.kl(z_s, z_t, T), z_s)[0], expected.detach())
+        gradient, = torch.autograd.grad(losses.kl(z_s, z_t, T), z_s)
+        torch.testing.assert_close(gradient, expected.detach())
 
 
 def test_ce_and_kd_are_their_parts():
@@ -75,7 +77,8 @@ def test_ce_and_kd_are_their_parts():
     assert losses.ce(z_s, y)["ce"].item() == F.cross_entropy(z_s, y).item()
     terms = losses.kd(z_s, z_t, y, temperatures=(2.0, 5.0), ce_weight=0.3, kd_weight=0.6)
     assert terms["ce"].item() == pytest.approx(0.3 * F.cross_entropy(z_s, y).item())
-    assert terms["teacher"].item() == pytest.approx(0.6 * (plain_kl(z_s, z_t, 2.0) + plain_kl(z_s, z_t, 5.0)))
+    both = plain_kl(z_s, z_t, 2.0) + plain_kl(z_s, z_t, 5.0)
+    assert terms["teacher"].item() == pytest.approx(0.6 * both)
     default = losses.kd(z_s, z_t, y)
     assert default["teacher"].item() == pytest.approx(0.9 * plain_kl(z_s, z_t, 4.0))
 
@@ -93,8 +96,8 @@ def test_sld_against_a_loop_of_single_kls():
     student = 0.9 * sum(losses.kl(z_s, swap(z_s, y), T) for T in T6)
     for term, loop in ((terms["teacher"], teacher), (terms["student"], student)):
         torch.testing.assert_close(term, loop, rtol=1e-12, atol=1e-12)
-        torch.testing.assert_close(*(torch.autograd.grad(v, z_s, retain_graph=True)[0] for v in (term, loop)),
-                                   rtol=1e-10, atol=1e-12)
+        gradients = (torch.autograd.grad(v, z_s, retain_graph=True)[0] for v in (term, loop))
+        torch.testing.assert_close(*gradients, rtol=1e-10, atol=1e-12)
 
 
 def test_the_detached_pseudo_teacher_against_a_loop():
@@ -102,15 +105,17 @@ def test_the_detached_pseudo_teacher_against_a_loop():
     ours = losses.sld(z_s, z_t, y, epoch=151, detach=True)["student"]
     loop = 0.9 * sum(losses.kl(z_s, swap(z_s, y).detach(), T) for T in T6)
     torch.testing.assert_close(ours, loop, rtol=1e-12, atol=1e-12)
-    torch.testing.assert_close(*(torch.autograd.grad(v, z_s)[0] for v in (ours, loop)), rtol=1e-10, atol=1e-12)
+    gradients = (torch.autograd.grad(v, z_s)[0] for v in (ours, loop))
+    torch.testing.assert_close(*gradients, rtol=1e-10, atol=1e-12)
 
 
 @pytest.mark.parametrize("detach", [False, True])
 def test_the_hand_derivatives_of_the_pseudo_teacher(detach):
     z_s, z_t, y = batch(B=50, C=7)
     for T in (1, 4):
-        gradient = torch.autograd.grad(losses.sld(z_s, z_t, y, epoch=1, gamma=0, temperatures=(T,), kd_weight=1.0,
-                                                  detach=detach)["student"], z_s)[0] * len(y)
+        terms = losses.sld(z_s, z_t, y, epoch=1, gamma=0, temperatures=(T,), kd_weight=1.0,
+                           detach=detach)
+        gradient = torch.autograd.grad(terms["student"], z_s)[0] * len(y)
         p = (z_s.detach() / T).softmax(1)
         for i, label in enumerate(y.tolist()):
             m = z_s[i].argmax().item()
@@ -134,15 +139,16 @@ def test_the_pseudo_teacher_is_silent_where_the_student_is_right():
 
 def test_the_schedule_is_a_step_after_gamma():
     z_s, z_t, y = batch()
-    for epoch, gamma, there in ((1, 150, False), (150, 150, False), (151, 150, True), (1, 0, True), (240, 240, False)):
+    for epoch, gamma, there in ((1, 150, False), (150, 150, False), (151, 150, True),
+                                (1, 0, True), (240, 240, False)):
         assert ("student" in losses.sld(z_s, z_t, y, epoch=epoch, gamma=gamma)) == there
     assert "student" not in losses.sld(z_s, z_t, y, epoch=151, student_swap=False)
 
 
 def test_the_teacher_fixes():
     z_s, z_t, y = batch()
-    term = {fix: losses.sld(z_s, z_t, y, epoch=1, teacher_fix=fix, omega=1.5 if fix == "add" else None)["teacher"].item()
-            for fix in ("swap", "add", "none")}
+    term = {fix: losses.sld(z_s, z_t, y, epoch=1, teacher_fix=fix, omega=omega)["teacher"].item()
+            for fix, omega in (("swap", None), ("add", 1.5), ("none", None))}
     fixed = dict(swap=swap(z_t, y), add=add_to_target(z_t, y, 1.5), none=z_t)
     for fix, value in term.items():
         assert value == pytest.approx(0.9 * sum(plain_kl(z_s, fixed[fix], T) for T in T6))
@@ -157,34 +163,38 @@ def test_the_teacher_fixes():
 def test_half_precision_logits_are_taken_to_float32_first(dtype):
     z_s, z_t, y = batch(dtype=torch.float32)
     z_s, z_t = z_s.detach().to(dtype), z_t.to(dtype)
-    for objective in (lambda s, t: losses.sld(s, t, y, epoch=151), lambda s, t: losses.kd(s, t, y), lambda s, t: losses.ce(s, y),
-                      lambda s, t: {"kl": losses.kl(s, t, 4)}):
-        half, full = objective(z_s, z_t), objective(z_s.float(), z_t.float())
+    for objective in OBJECTIVES.values():
+        half, full = objective(z_s, z_t, y), objective(z_s.float(), z_t.float(), y)
         for name in full:
             assert half[name].dtype == torch.float32 and half[name].item() == full[name].item()
 
 
 def test_large_gaps_stay_finite():
     z_s = torch.tensor([[300., -300., 0.], [0., 0., 0.], [-500., 500., 1.]], requires_grad=True)
-    z_t, y = torch.tensor([[-300., 300., 0.], [0., 0., 0.], [500., -500., 1.]]), torch.tensor([1, 2, 0])
+    z_t = torch.tensor([[-300., 300., 0.], [0., 0., 0.], [500., -500., 1.]])
+    y = torch.tensor([1, 2, 0])
     terms = losses.sld(z_s, z_t, y, epoch=151)
     gradient = torch.autograd.grad(sum(terms.values()), z_s)[0]
     assert all(term.isfinite() for term in terms.values()) and gradient.isfinite().all()
 
 
 OBJECTIVES = {
-    "kl": lambda s, t, y: {"kl": losses.kl(s, t, 4)}, "ce": lambda s, t, y: losses.ce(s, y), "kd": lambda s, t, y: losses.kd(s, t, y, temperatures=T6),
-    "sld": lambda s, t, y: losses.sld(s, t, y, epoch=151), "sld detached": lambda s, t, y: losses.sld(s, t, y, epoch=151, detach=True),
+    "kl": lambda s, t, y: {"kl": losses.kl(s, t, 4)},
+    "ce": lambda s, t, y: losses.ce(s, y),
+    "kd": lambda s, t, y: losses.kd(s, t, y, temperatures=T6),
+    "sld": lambda s, t, y: losses.sld(s, t, y, epoch=151),
+    "sld detached": lambda s, t, y: losses.sld(s, t, y, epoch=151, detach=True),
     "sld with GA": lambda s, t, y: losses.sld(s, t, y, epoch=151, teacher_fix="add", omega=1e4),
 }
 
 
 def extreme_logits(C=10):
-    """Rows up to +-1e4: random, random signs at the limit, one-hot both ways, all equal, tied at the top."""
+    """Rows up to +-1e4: random, signs at the limit, one-hot both ways, equal, tied at the top."""
     g = torch.Generator().manual_seed(0)
     hot = 1e4 * torch.eye(C)
     tied = torch.cat([hot[:C // 2] + hot[C // 2:], hot[:C // 2] - hot[C // 2:]])
-    return torch.cat([2e4 * torch.rand(40, C, generator=g) - 1e4, 1e4 * torch.randn(40, C, generator=g).sign(), hot, -hot, torch.zeros(4, C),
+    return torch.cat([2e4 * torch.rand(40, C, generator=g) - 1e4,
+                      1e4 * torch.randn(40, C, generator=g).sign(), hot, -hot, torch.zeros(4, C),
                       torch.full((4, C), 1e4), torch.full((4, C), -1e4), tied])
 
 
@@ -192,12 +202,14 @@ def extreme_logits(C=10):
 @pytest.mark.parametrize("name", OBJECTIVES)
 def test_extreme_logits_give_finite_values_and_gradients(name, dtype):
     z_s = extreme_logits().to(dtype)
-    for shuffled in (z_s, z_s.flip(0), z_s[torch.randperm(len(z_s))], -z_s):      # every kind of student meets other kinds of teacher
+    # Every kind of student meets other kinds of teacher.
+    for shuffled in (z_s, z_s.flip(0), z_s[torch.randperm(len(z_s))], -z_s):
         student, teacher = z_s.clone().requires_grad_(), shuffled.clone().requires_grad_()
         for label in (0, 9):
             terms = OBJECTIVES[name](student, teacher.detach(), torch.full((len(z_s),), label))
             gradient = torch.autograd.grad(sum(terms.values()), student)[0]
-            assert all(term.isfinite() for term in terms.values()) and gradient.isfinite().all()
+            assert all(term.isfinite() for term in terms.values())
+            assert gradient.isfinite().all()
 
 
 @pytest.mark.parametrize("dtype, tolerance", [(torch.bfloat16, 1e-2), (torch.float16, 1e-3)])
@@ -205,7 +217,8 @@ def test_extreme_logits_give_finite_values_and_gradients(name, dtype):
 def test_half_precision_logits_are_close_to_float64(name, dtype, tolerance):
     z_s, z_t, y = batch(64, 100)
     exact = OBJECTIVES[name](z_s, z_t, y)
-    with torch.autocast("cpu", dtype):                         # the losses do not mind being called within it
+    # The losses do not mind being called within autocast.
+    with torch.autocast("cpu", dtype):
         rounded = OBJECTIVES[name](z_s.to(dtype), z_t.to(dtype), y)
     for term in exact:
         assert rounded[term].item() == pytest.approx(exact[term].item(), rel=tolerance)
