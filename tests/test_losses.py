@@ -1,5 +1,6 @@
 """The objectives against the released code's numbers, float64 loops, hand derivatives, autograd."""
 import math
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -10,7 +11,8 @@ import torch.nn.functional as F
 import losses
 from swap import add_to_target, swap
 
-GOLDEN = sorted((Path(__file__).parent / "golden").glob("*.npz"))
+GOLDEN = sorted((Path(__file__).parent / "golden").glob("official_sld_*.npz"))
+NEIGHBOURS = sorted((Path(__file__).parent / "golden").glob("neighbours_*.npz"))
 T6 = (1, 2, 3, 4, 5, 6)
 
 
@@ -31,8 +33,53 @@ def plain_kl(z_s, z_t, T):
     return T * T * total / len(z_s)
 
 
-def test_there_are_three_golden_files():
+def plain_softmax(row, T):
+    exps = [math.exp(v / T) for v in row]
+    return [e / sum(exps) for e in exps]
+
+
+def plain_divergence(p, q):
+    """KL(p || q) of two lists of probabilities."""
+    return sum(a * math.log(a / b) for a, b in zip(p, q))
+
+
+def plain_dkd(z_s, z_t, target, alpha, beta, T):
+    """alpha TCKD + beta NCKD in plain Python."""
+    total = 0.0
+    for s, t, y in zip(z_s.tolist(), z_t.tolist(), target.tolist()):
+        p, q = plain_softmax(t, T)[y], plain_softmax(s, T)[y]
+        total += alpha * T * T * plain_divergence([p, 1 - p], [q, 1 - q])
+        others = [c for c in range(len(s)) if c != y]
+        p, q = (plain_softmax([row[c] for c in others], T) for row in (t, s))
+        total += beta * T * T * plain_divergence(p, q)
+    return total / len(z_s)
+
+
+def plain_rld(z_s, z_t, target, alpha, beta, T, T_a):
+    """alpha SCD + beta MCD in plain Python."""
+    total = 0.0
+    for s, t, y in zip(z_s.tolist(), z_t.tolist(), target.tolist()):
+        p, q = max(plain_softmax(t, T_a)), plain_softmax(s, T_a)[y]
+        total += alpha * T_a * T_a * plain_divergence([p, 1 - p], [q, 1 - q])
+        below = [c for c in range(len(s)) if t[c] < t[y]]
+        if below:
+            p, q = (plain_softmax([row[c] for c in below], T) for row in (t, s))
+            total += beta * T * T * plain_divergence(p, q)
+    return total / len(z_s)
+
+
+def plain_standardize(z):
+    rows = []
+    for row in z.tolist():
+        mean = sum(row) / len(row)
+        std = math.sqrt(sum((v - mean) ** 2 for v in row) / (len(row) - 1))
+        rows.append([(v - mean) / (1e-7 + std) for v in row])
+    return torch.tensor(rows, dtype=torch.float64)
+
+
+def test_the_golden_files_are_there():
     assert [path.name for path in GOLDEN] == [f"official_sld_{k}.npz" for k in "abc"]
+    assert [path.name for path in NEIGHBOURS] == [f"neighbours_{k}.npz" for k in "ab"]
 
 
 @pytest.mark.parametrize("path", GOLDEN, ids=lambda path: path.stem)
@@ -55,6 +102,34 @@ def test_golden_values_and_gradients(path, epoch):
     torch.testing.assert_close(kd, golden[f"loss_kd_epoch{epoch}"], **exact)
     for view, gradient in zip(("weak", "strong"), torch.autograd.grad(ce + kd, students)):
         torch.testing.assert_close(gradient, golden[f"grad_student_{view}_epoch{epoch}"], **exact)
+
+
+# What the released code of DKD, RLD and logit standardization names its terms; no CE, no warm-up.
+RELEASED = {
+    "dkd_a1_b8_T4": lambda s, t, y: losses.dkd(s, t, y, epoch=20),
+    "dkd_a1_b2_T4": lambda s, t, y: losses.dkd(s, t, y, epoch=20, beta=2),
+    "rld_a1_b8_T4_aT1": lambda s, t, y: losses.rld(s, t, y, epoch=20),
+    "rld_a1_b8_T4_aT4": lambda s, t, y: losses.rld(s, t, y, epoch=20, alpha_temperature=4),
+    "kd_standardized_T2": lambda s, t, y: losses.kd(s, t, y, temperatures=(2,), kd_weight=1,
+                                                    standardize=True),
+    "dkd_standardized_a1_b8_T2": lambda s, t, y: losses.dkd(s, t, y, epoch=20, temperature=2,
+                                                            standardize=True),
+}
+
+
+@pytest.mark.parametrize("path", NEIGHBOURS, ids=lambda path: path.stem)
+def test_golden_values_and_gradients_of_the_neighbours(path):
+    golden = {name: torch.from_numpy(np.asarray(value)) for name, value in np.load(path).items()}
+    student, teacher, y = (golden.pop(name) for name in ("student", "teacher", "target"))
+    student.requires_grad_()
+    # A key that nothing below reads fails here, and so does one that is missing.
+    assert set(golden) == {f"{kind}_{name}" for kind in ("loss", "grad") for name in RELEASED}
+    for name, objective in RELEASED.items():
+        term = objective(student, teacher, y)["teacher"]
+        gradient, = torch.autograd.grad(term, student)
+        exact = dict(rtol=1e-9, atol=1e-15)
+        torch.testing.assert_close(term.detach(), golden[f"loss_{name}"], **exact)
+        torch.testing.assert_close(gradient, golden[f"grad_{name}"], **exact)
 
 
 @pytest.mark.parametrize("T", [1, 2.5, 4])
@@ -83,10 +158,176 @@ def test_ce_and_kd_are_their_parts():
     assert default["teacher"].item() == pytest.approx(0.9 * plain_kl(z_s, z_t, 4.0))
 
 
-def test_plain_kd_never_sees_the_label():
+@pytest.mark.parametrize("standardize", [False, True])
+def test_plain_kd_never_sees_the_label(standardize):
     z_s, z_t, y = batch()
-    other = (y + 1) % 10
-    assert losses.kd(z_s, z_t, y)["teacher"].item() == losses.kd(z_s, z_t, other)["teacher"].item()
+    term, other = (losses.kd(z_s, z_t, label, standardize=standardize)["teacher"].item()
+                   for label in (y, (y + 1) % 10))
+    assert term == other
+
+
+@pytest.mark.parametrize("T", [1, 4])
+def test_dkd_and_rld_are_the_plain_python_ones(T):
+    z_s, z_t, y = batch(B=40, C=5)
+    # A wrong teacher, a right one, and one that puts the label last, which has no class below it.
+    y[:3] = torch.stack([z_t[0].argmin(), z_t[1].argmax(), z_t[2].argmin()])
+    options = dict(epoch=20, alpha=0.7, beta=3.0, temperature=T, ce_weight=0.3)
+    for terms, plain in (
+            (losses.dkd(z_s, z_t, y, **options), plain_dkd(z_s, z_t, y, 0.7, 3, T)),
+            (losses.dkd(z_s, z_t, y, standardize=True, **options),
+             plain_dkd(plain_standardize(z_s), plain_standardize(z_t), y, 0.7, 3, T)),
+            (losses.rld(z_s, z_t, y, alpha_temperature=2.5, **options),
+             plain_rld(z_s, z_t, y, 0.7, 3, T, 2.5))):
+        assert list(terms) == ["ce", "teacher"]
+        assert terms["ce"].item() == pytest.approx(0.3 * F.cross_entropy(z_s, y).item())
+        assert terms["teacher"].item() == pytest.approx(plain, rel=1e-12)
+
+
+@pytest.mark.parametrize("standardize", [False, True])
+def test_dkd_of_one_row_is_kd_where_beta_is_what_the_teacher_leaves_the_others(standardize):
+    """KD = TCKD + (1 - p_y) * NCKD with the teacher's p_y, value and gradient."""
+    for _ in range(10):
+        z_s, z_t, y = batch(B=1)
+        p_t = ((losses.standardize(z_t) if standardize else z_t) / 4).softmax(1)
+        dkd = losses.dkd(z_s, z_t, y, epoch=20, beta=1 - p_t[0, y].item(), standardize=standardize)
+        kd = losses.kd(z_s, z_t, y, kd_weight=1, standardize=standardize)
+        gradients = (torch.autograd.grad(v["teacher"], z_s)[0] for v in (dkd, kd))
+        torch.testing.assert_close(dkd["teacher"], kd["teacher"], rtol=1e-12, atol=1e-12)
+        torch.testing.assert_close(*gradients, rtol=1e-10, atol=1e-12)
+
+
+@pytest.mark.parametrize("scale", [3, 1e4])
+def test_dkd_of_two_classes_is_kd(scale):
+    """Nothing is left to decouple; also where a probability is 1 - exp(-2500)."""
+    z_s, z_t, y = batch(C=2, scale=scale)
+    dkd = losses.dkd(z_s, z_t, y, epoch=20)["teacher"]
+    kd = losses.kd(z_s, z_t, y, kd_weight=1)["teacher"]
+    gradients = (torch.autograd.grad(v, z_s)[0] for v in (dkd, kd))
+    torch.testing.assert_close(dkd, kd, rtol=1e-12, atol=1e-12)
+    torch.testing.assert_close(*gradients, rtol=1e-10, atol=1e-12)
+
+
+@pytest.mark.parametrize("name", ["dkd", "rld"])
+def test_a_shift_of_all_logits_changes_nothing(name):
+    """However low they are, what is hidden stays lower."""
+    z_s, z_t, y = batch()
+    objective = partial(getattr(losses, name), target=y, epoch=20)
+    expected = objective(z_s, z_t)["teacher"].item()
+    for shift in (-1e4, 1e4):
+        moved = objective(z_s + shift, z_t + shift)["teacher"].item()
+        assert moved == pytest.approx(expected, rel=1e-9)
+
+
+def test_the_second_term_leaves_the_hidden_classes_alone():
+    """dkd's hides the label, rld's all that the teacher does not put below it."""
+    z_s, z_t, y = batch()
+    hidden = dict(dkd=F.one_hot(y, 10).bool(), rld=z_t >= z_t.gather(1, y[:, None]))
+    for name, hide in hidden.items():
+        objective = partial(getattr(losses, name), target=y, epoch=20, alpha=0)
+        term = objective(z_s, z_t)["teacher"]
+        gradient, = torch.autograd.grad(term, z_s)
+        assert not gradient[hide].any() and gradient[~hide].any()
+        # What is hidden goes up, and so stays hidden.
+        assert objective(z_s + 5 * hide, z_t + 5 * hide)["teacher"].item() == term.item()
+
+
+def test_rld_counts_0_where_no_class_is_below_the_label():
+    z_s, z_t, y = batch()
+    last, tied = z_t.argmin(1), torch.zeros_like(z_t)
+    # A NaN on the way fails too, even where a later step of the backward pass covers it.
+    with torch.autograd.set_detect_anomaly(True, check_nan=True):
+        for teacher, label in ((z_t, last), (tied, y)):
+            term = losses.rld(z_s, teacher, label, epoch=20, alpha=0)["teacher"]
+            assert term.item() == 0 and not torch.autograd.grad(term, z_s)[0].any()
+        # Such a row is still one of the batch: the mean is over all rows.
+        z_t, y, half = z_t.clone(), y.clone(), len(y) // 2
+        y[half:] = last[half:]
+        mixed = losses.rld(z_s, z_t, y, epoch=20, alpha=0)["teacher"]
+        first = losses.rld(z_s[:half], z_t[:half], y[:half], epoch=20, alpha=0)["teacher"]
+        assert mixed.item() == pytest.approx(first.item() / 2, rel=1e-12)
+        gradient, = torch.autograd.grad(mixed, z_s)
+        assert gradient[:half].any() and not gradient[half:].any()
+
+
+@pytest.mark.parametrize("name", ["dkd", "rld"])
+def test_the_teacher_term_warms_up_in_a_line(name):
+    z_s, z_t, y = batch()
+    objective = getattr(losses, name)
+    full = objective(z_s, z_t, y, epoch=1000)
+    for epoch, warmup, factor in ((1, 20, 0.05), (10, 20, 0.5), (20, 20, 1), (21, 20, 1),
+                                  (1, 1, 1), (3, 4, 0.75)):
+        terms = objective(z_s, z_t, y, epoch=epoch, warmup=warmup)
+        assert terms["teacher"].item() == pytest.approx(factor * full["teacher"].item(), rel=1e-12)
+        assert terms["ce"].item() == full["ce"].item() == F.cross_entropy(z_s, y).item()
+
+
+def test_standardize_is_the_plain_python_one():
+    z, _, _ = batch()
+    x = losses.standardize(z)
+    exact = dict(rtol=1e-12, atol=1e-12)
+    torch.testing.assert_close(x.detach(), plain_standardize(z), **exact)
+    torch.testing.assert_close(x.mean(1), torch.zeros(32).double(), **exact)
+    # 1e-7 is added to a std of about 3.
+    torch.testing.assert_close(x.std(1), torch.ones(32).double(), rtol=1e-6, atol=0)
+    torch.testing.assert_close(losses.standardize(7 * z - 3), x, rtol=1e-6, atol=1e-9)
+    assert torch.autograd.gradcheck(losses.standardize, z[:3])
+
+
+def test_standardize_makes_a_constant_row_0_and_lets_its_gradient_be():
+    """Of a network whose last layer starts at 0, for one."""
+    constant = torch.full((2, 10), 0.1, requires_grad=True)
+    x = losses.standardize(constant)
+    gradient, = torch.autograd.grad(x[0, 0], constant)
+    assert not x.any() and gradient[0].tolist() == pytest.approx([0.9] + 9 * [-0.1])
+
+
+def test_standardized_terms_see_neither_shift_nor_scale_and_ce_sees_raw_logits():
+    z_s, z_t, y = batch()
+    for objective in (losses.kd, partial(losses.dkd, epoch=20), partial(losses.sld, epoch=151)):
+        raw, terms = objective(z_s, z_t, y), objective(z_s, z_t, y, standardize=True)
+        moved = objective(0.5 * z_s + 2, 4 * z_t - 1, y, standardize=True)
+        assert terms["ce"].item() == raw["ce"].item()
+        assert list(terms) == list(raw)
+        for name in set(terms) - {"ce"}:
+            assert terms[name].item() == pytest.approx(moved[name].item(), rel=1e-6)
+            assert terms[name].item() != pytest.approx(raw[name].item(), rel=1e-2)
+
+
+@pytest.mark.parametrize("detach", [False, True])
+def test_sld_standardizes_after_the_swap_and_the_pseudo_teacher_too(detach):
+    z_s, z_t, y = batch(C=100)
+    terms = losses.sld(z_s, z_t, y, epoch=151, detach=detach, standardize=True)
+    added = losses.sld(z_s, z_t, y, epoch=1, teacher_fix="add", omega=1.5, standardize=True)
+    x_s, pseudo = losses.standardize(z_s), losses.standardize(swap(z_s, y))
+    fixed = {"teacher": losses.standardize(swap(z_t, y)),
+             "student": pseudo.detach() if detach else pseudo,
+             "added": losses.standardize(add_to_target(z_t, y, 1.5))}
+    for name, term in (("teacher", terms["teacher"]), ("student", terms["student"]),
+                       ("added", added["teacher"])):
+        loop = 0.9 * sum(losses.kl(x_s, fixed[name], T) for T in T6)
+        torch.testing.assert_close(term, loop, rtol=1e-12, atol=1e-12)
+        gradients = (torch.autograd.grad(v, z_s, retain_graph=True)[0] for v in (term, loop))
+        torch.testing.assert_close(*gradients, rtol=1e-10, atol=1e-12)
+
+
+@pytest.mark.parametrize("label", [-1, 10])
+def test_a_label_outside_the_classes_raises(label):
+    z_s, z_t, y = batch()
+    y[3] = label
+    for name in set(OBJECTIVES) - {"kl"}:
+        with pytest.raises((RuntimeError, IndexError)):
+            OBJECTIVES[name](z_s, z_t, y)
+
+
+def test_no_objective_reads_a_number():
+    """A tensor on "meta" has none: what would make a GPU wait for the CPU, a mask as an index or
+    .item(), raises."""
+    z = torch.empty(8, 10, device="meta", requires_grad=True)
+    y = torch.empty(8, dtype=torch.int64, device="meta")
+    for objective in OBJECTIVES.values():
+        sum(objective(z, z.detach(), y).values()).backward()
+    with pytest.raises((RuntimeError, NotImplementedError)):
+        z[z > 0].sum()
 
 
 def test_sld_against_a_loop_of_single_kls():
@@ -167,6 +408,7 @@ def test_half_precision_logits_are_taken_to_float32_first(dtype):
         half, full = objective(z_s, z_t, y), objective(z_s.float(), z_t.float(), y)
         for name in full:
             assert half[name].dtype == torch.float32 and half[name].item() == full[name].item()
+    assert torch.equal(losses.standardize(z_s), losses.standardize(z_s.float()))
 
 
 def test_large_gaps_stay_finite():
@@ -185,6 +427,12 @@ OBJECTIVES = {
     "sld": lambda s, t, y: losses.sld(s, t, y, epoch=151),
     "sld detached": lambda s, t, y: losses.sld(s, t, y, epoch=151, detach=True),
     "sld with GA": lambda s, t, y: losses.sld(s, t, y, epoch=151, teacher_fix="add", omega=1e4),
+    "dkd": lambda s, t, y: losses.dkd(s, t, y, epoch=20),
+    "rld": lambda s, t, y: losses.rld(s, t, y, epoch=20),
+    "rld at one T": lambda s, t, y: losses.rld(s, t, y, epoch=20, alpha_temperature=4),
+    "kd standardized": lambda s, t, y: losses.kd(s, t, y, standardize=True),
+    "dkd standardized": lambda s, t, y: losses.dkd(s, t, y, epoch=20, standardize=True),
+    "sld standardized": lambda s, t, y: losses.sld(s, t, y, epoch=151, standardize=True),
 }
 
 
@@ -222,3 +470,14 @@ def test_half_precision_logits_are_close_to_float64(name, dtype, tolerance):
         rounded = OBJECTIVES[name](z_s.to(dtype), z_t.to(dtype), y)
     for term in exact:
         assert rounded[term].item() == pytest.approx(exact[term].item(), rel=tolerance)
+
+
+@pytest.mark.parametrize("name", ["dkd", "rld", "rld at one T"])
+def test_a_sure_teacher_and_a_sure_student_lose_no_digits_in_float32(name):
+    """1 - p_y is below float32's rounding of 1 here, so a plain subtraction would give 0."""
+    z_s, z_t, y = batch(64, 10, scale=30.0)
+    exact = OBJECTIVES[name](z_s, z_t, y)["teacher"]
+    single = OBJECTIVES[name](z_s.float(), z_t.float(), y)["teacher"]
+    gradients = (torch.autograd.grad(v, z_s)[0] for v in (exact, single))
+    assert single.item() == pytest.approx(exact.item(), rel=1e-5)
+    torch.testing.assert_close(*gradients, rtol=1e-4, atol=1e-6)

@@ -2,6 +2,7 @@
 import pytest
 import torch
 
+from losses import standardize
 from swap import add_to_target, misclassified, swap
 
 DTYPES = [torch.float16, torch.bfloat16, torch.float32, torch.float64]
@@ -52,6 +53,12 @@ def test_swap_commutes_with_the_softmax_at_any_temperature():
         for T in (1, 4):
             torch.testing.assert_close((swap(logits, target) / T).softmax(1),
                                        swap((logits / T).softmax(1), target), rtol=1e-12, atol=0)
+
+
+def test_swap_commutes_with_standardize():
+    for logits, target in cases(torch.float64):
+        torch.testing.assert_close(standardize(swap(logits, target)),
+                                   swap(standardize(logits), target), rtol=1e-12, atol=1e-12)
 
 
 def test_inputs_stay_and_gradient_follows_the_exchange():
