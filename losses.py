@@ -189,4 +189,4 @@ def sld(student_logits, teacher_logits, target, *, epoch, gamma=150,
 
 
 # What train.py's --method names.
-OBJECTIVES = {"ce": ce, "kd": kd, "sld": sld}
+OBJECTIVES = {"ce": ce, "kd": kd, "sld": sld, "dkd": dkd, "rld": rld}

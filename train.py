@@ -1,4 +1,4 @@
-"""Train a student:  python train.py --method sld   (or kd, or ce, which has no teacher).
+"""Train a student:  python train.py --method sld   (or ce, kd, dkd, rld; ce has no teacher).
 
 Every setting is a flag; what is left out takes the recipe of the method and the data set. A run
 leaves config.json, env.json, metrics.jsonl, curves.png, last.pt and best.pt in runs/<name>. In a
@@ -65,17 +65,23 @@ class Settings:
     temperatures: tuple = setting("T of the KL; 4 for kd, 1 2 3 4 5 6 for sld", float, POSITIVE,
                                   nargs="+", metavar="T")
     gamma: int = setting("the student swap starts after this epoch; 150 of 240", int, NOT_NEGATIVE)
-    ce_weight: float = setting("a of (S6); 0.1", float, NOT_NEGATIVE)
+    ce_weight: float = setting("a of (S6); 0.1, for dkd and rld 1", float, NOT_NEGATIVE)
     kd_weight: float = setting("b of (S6); 0.9", float, NOT_NEGATIVE)
     teacher_fix: str = setting("what is done to the teacher's logits; swap",
                                choices=("swap", "add", "none"))
     omega: float = setting("logit units added to the label's, for --teacher-fix add", float, FINITE)
     student_swap: bool = setting("use the pseudo-teacher, (S4); on", bool)
     detach: bool = setting("stop the gradient through the pseudo-teacher; off, as released", bool)
+    standardize: bool = setting("standardize logits before the temperature; off", bool)
+    alpha: float = setting("weight of the label's part of dkd and rld; 1", float, NOT_NEGATIVE)
+    beta: float = setting("weight of the other classes' part; 8", float, NOT_NEGATIVE)
+    temperature: float = setting("T of dkd and rld; 4", float, POSITIVE)
+    alpha_temperature: float = setting("T of the label's part of rld; 1", float, POSITIVE)
+    kd_warmup: float = setting("epochs until dkd and rld count in full; 20 of 240", float, POSITIVE)
     epochs: int = setting("240 on CIFAR, 60 on a folder, 8 on glyphs (16 for a ViT)", int, POSITIVE)
     batch_size: int = setting("images a step; default 64", int, POSITIVE)
     optimizer: str = setting("sgd, with momentum 0.9; adamw for a ViT", choices=("sgd", "adamw"))
-    lr: float = setting("0.05 for ce and kd, 0.025 for sld; with adamw 0.001; own ones on glyphs",
+    lr: float = setting("0.05, for sld 0.025; with adamw 0.001; own ones on glyphs",
                         float, POSITIVE)
     weight_decay: float = setting("on all parameters; 5e-4, with adamw 0.05", float, NOT_NEGATIVE)
     schedule: str = setting("step: x0.1 after 150, 180, 210 of 240 epochs; cosine on glyphs and "
@@ -89,13 +95,15 @@ class Settings:
 
 # --- Recipes --------------------------------------------------------------------------------------
 # The numbers of an objective are the defaults of its function in losses.py; here is what else
-# differs. ce and kd are the field's (RepDistiller), sld the paper's released code.
+# differs. ce and kd are the field's (RepDistiller), the others their papers' released code.
 COMMON = dict(method="sld", dataset="glyphs", data_dir="data", evaluate="test", batch_size=64,
               seed=0, device="auto")
 METHODS = {
     "ce": dict(views="weak", lr=0.05),
     "kd": dict(views="weak", lr=0.05),
     "sld": dict(views="both", lr=0.025),
+    "dkd": dict(views="weak", lr=0.05),
+    "rld": dict(views="weak", lr=0.05),
 }
 SIZES = {
     "glyphs": dict(teacher="resnet14", student="resnet8", epochs=8),
@@ -109,17 +117,19 @@ OPTIMIZERS = {
 }
 # For glyphs, on its validation part: results/tuning.
 TUNED = {
-    "sgd": dict(lr=dict(ce=0.4, kd=0.8, sld=0.2), schedule="cosine", warmup=None),
-    "adamw": dict(lr=dict(ce=1e-3, kd=1e-3, sld=1e-3), epochs=16),
+    "sgd": dict(lr=dict(ce=0.4, kd=0.8, sld=0.2, dkd=0.4, rld=0.4), schedule="cosine", warmup=None),
+    "adamw": dict(lr=dict.fromkeys(METHODS, 1e-3), epochs=16),
 }
-# Epochs of the published recipe; gamma's 150 is of the same 240.
+# Epochs of the published recipe; gamma's 150 and the 20 of kd_warmup are of the same 240.
 MILESTONES, OF = (150, 180, 210), 240
 
 
 def options_of(method):
-    """{name: default} of what an objective of losses.py can be told: its keywords."""
-    parameters = inspect.signature(losses.OBJECTIVES[method]).parameters.values()
-    return {p.name: p.default for p in parameters if p.kind is p.KEYWORD_ONLY and p.name != "epoch"}
+    """{setting: default} of what an objective of losses.py can be told: its keywords."""
+    keywords = [p for p in inspect.signature(losses.OBJECTIVES[method]).parameters.values()
+                if p.kind is p.KEYWORD_ONLY and p.name != "epoch"]
+    # Settings.warmup is the learning rate's.
+    return {"kd_warmup" if p.name == "warmup" else p.name: p.default for p in keywords}
 
 
 def flag(name):
@@ -158,6 +168,8 @@ def resolve(s):
         full["gamma"] = None
     elif "gamma" not in given:
         full["gamma"] = min(round(full["gamma"] * epochs / OF), epochs - 1)
+    if full["kd_warmup"] is not None and "kd_warmup" not in given:
+        full["kd_warmup"] *= epochs / OF
     if full["temperatures"] is not None:
         full["temperatures"] = tuple(full["temperatures"])
 
@@ -199,10 +211,12 @@ def make_objective(s):
     """f(student_logits, teacher_logits, target, epoch) -> named terms of one view."""
     if s.method == "ce":
         return lambda z_s, z_t, y, epoch: losses.ce(z_s, y)
-    options = {name: getattr(s, name) for name in options_of(s.method)}
+    objective = losses.OBJECTIVES[s.method]
+    options = {"warmup" if name == "kd_warmup" else name: getattr(s, name)
+               for name in options_of(s.method)}
     if s.method == "kd":
-        return lambda z_s, z_t, y, epoch: losses.kd(z_s, z_t, y, **options)
-    return lambda z_s, z_t, y, epoch: losses.sld(z_s, z_t, y, epoch=epoch, **options)
+        return lambda z_s, z_t, y, epoch: objective(z_s, z_t, y, **options)
+    return lambda z_s, z_t, y, epoch: objective(z_s, z_t, y, epoch=epoch, **options)
 
 
 # --- One epoch ------------------------------------------------------------------------------------
@@ -416,11 +430,18 @@ def epoch_line(row, part):
 def in_words(s):
     """The resolved experiment, one line for each of its parts."""
     loss = "CE(label)"
-    if s.method != "ce":
+    if s.method in ("dkd", "rld"):
+        parts = dict(dkd=("label against the rest", "the other classes"),
+                     rld=("teacher's certainty", "the classes below the label"))[s.method]
+        loss = (f"{s.ce_weight:g} CE(label) + {s.alpha:g} T^2 KL({parts[0]}) + {s.beta:g} T^2 "
+                f"KL({parts[1]}) at T = {s.temperature:g}, in full after {s.kd_warmup:g} epochs")
+    elif s.method != "ce":
         fixed = {"swap": "swapped teacher", "add": f"teacher + {s.omega} on the label"}
         fixed = fixed.get(s.teacher_fix, "teacher")
         loss = (f"{s.ce_weight:g} CE(label) + {s.kd_weight:g} T^2 KL({fixed} || student) "
                 f"at T = {', '.join(f'{T:g}' for T in s.temperatures)}")
+    if s.standardize:
+        loss += "\n          of standardized logits"
     if s.student_swap:
         loss += (f"\n          + {s.kd_weight:g} T^2 KL(swapped student || student) from epoch "
                  f"{s.gamma + 1} on{', its gradient stopped' if s.detach else ''}")

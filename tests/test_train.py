@@ -27,6 +27,21 @@ def test_the_published_experiment_needs_no_further_flag():
             kd.gamma) == ("weak", (4,), 0.05, 0.1, 0.9, None)
     ce = resolve(Settings(method="ce", dataset="cifar100"))
     assert (ce.views, ce.lr, ce.teacher, ce.kd_weight) == ("weak", 0.05, None, None)
+    for method in ("dkd", "rld"):
+        s = resolve(Settings(method=method, dataset="cifar100"))
+        assert (s.views, s.lr, s.alpha, s.beta, s.temperature) == ("weak", 0.05, 1, 8, 4)
+        assert (s.ce_weight, s.kd_warmup, s.gamma, s.temperatures) == (1, 20, None, None)
+    assert resolve(Settings(method="dkd", dataset="cifar100", epochs=120)).kd_warmup == 10
+
+
+@pytest.mark.parametrize("method", ["dkd", "rld"])
+def test_a_neighbours_settings_reach_its_loss(method):
+    z_s, z_t, y = torch.randn(6, 5), torch.randn(6, 5), torch.arange(6) % 5
+    options = dict(alpha=0.5, beta=3.0, temperature=2.0, ce_weight=0.7)
+    s = resolve(Settings(method=method, kd_warmup=4.0, **options))
+    expected = getattr(losses, method)(z_s, z_t, y, epoch=2, warmup=4.0, **options)
+    assert train.make_objective(s)(z_s, z_t, y, 2) == expected
+    assert "in full after 4 epochs" in train.in_words(s)
 
 
 def test_the_default_is_sld_on_glyphs():
@@ -43,7 +58,7 @@ def test_glyphs_has_tuned_rates_and_the_other_data_sets_the_published_ones():
     rates = {name: [resolve(Settings(method=method, dataset=name)).lr for method in train.METHODS]
              for name in data.DATASETS}
     assert rates.pop("glyphs") == [train.TUNED["sgd"]["lr"][method] for method in train.METHODS]
-    assert set(map(tuple, rates.values())) == {(0.05, 0.05, 0.025)}
+    assert set(map(tuple, rates.values())) == {(0.05, 0.05, 0.025, 0.05, 0.05)}
     assert {resolve(Settings(dataset=name)).schedule for name in rates} == {"step"}
     assert resolve(Settings(lr=0.3, schedule="step", warmup=0.0)).lr == 0.3
 
@@ -78,7 +93,11 @@ def test_cosine_with_warm_up():
     ("sld", dict(teacher_fix="add", omega=2.0), {"ce", "teacher", "student"}),
     ("sld", dict(student_swap=False), {"ce", "teacher"}),
     ("sld", dict(teacher_fix="none", detach=True, gamma=0, views="weak"),
-     {"ce", "teacher", "student"})])
+     {"ce", "teacher", "student"}),
+    ("sld", dict(standardize=True, batch_size=8), {"ce", "teacher", "student"}),
+    ("dkd", dict(beta=2.0, batch_size=8), {"ce", "teacher"}),
+    ("dkd", dict(beta=2.0, views="both", batch_size=8), {"ce", "teacher"}),
+    ("rld", dict(batch_size=8), {"ce", "teacher"})])
 def test_each_method_trains(short, method, change, names):
     history = run(short(method=method, **change), "run")
     assert [row["epoch"] for row in history] == [1, 2, 3, 4]
