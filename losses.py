@@ -3,21 +3,31 @@
 z_s, z_t: (B, C) raw logits of student and teacher; y: (B,) int64 labels; p_T(z) = softmax(z / T).
 Each objective returns a dict of named scalars, already weighted, whose sum is to be minimised; with
 two views, (S6) adds up the terms of both. Half-precision logits are taken to float32 first, float64
-stays float64. The tags (S1)-(S6) are this project's own: README, "The method on one screen".
+stays float64; other shapes raise ValueError. The tags (S1)-(S6) are this project's own: README,
+"The method on one screen".
 """
+import math
+
 import torch
 import torch.nn.functional as F
 
-from swap import add_to_target, swap
+from swap import add_to_target, check, swap
 
 
 def _full(logits):
     return logits.float() if logits.dtype in (torch.float16, torch.bfloat16) else logits
 
 
+def _ce(z_s, target):
+    """Cross-entropy, batch mean. A label of -100 raises like any other that is no class."""
+    return F.cross_entropy(z_s, target, ignore_index=-2 ** 63)
+
+
 def _soften(z_s, z_t, temperatures):
     """T (K, 1, 1) and log p_T (K, B, C) of both, all K temperatures in one computation. T is filled
     on the device, since a copy from the host would make the GPU wait at every step."""
+    if not temperatures or not all(0 < t < math.inf for t in temperatures):
+        raise ValueError(f"temperatures must be finite and above 0, at least one: {temperatures}")
     T = torch.cat([z_s.new_full((1, 1, 1), t) for t in temperatures])
     return T, F.log_softmax(z_s / T, -1), F.log_softmax(z_t / T, -1)
 
@@ -65,6 +75,7 @@ def standardize(logits):
     The student need not match the teacher's shift and scale: a z + b with a > 0 gives the same. A
     swap permutes a row, so mean and std stay: standardize(swap(z, y)) = swap(standardize(z), y).
     """
+    check(None, logits)
     z = _full(logits)
     # std_mean is exact on a constant row, which mean() misses by a rounding.
     std, mean = torch.std_mean(z, 1, keepdim=True)                       # (B, 1) each
@@ -86,12 +97,14 @@ def kl(student_logits, teacher_logits, temperature):
     - T^2, because the gradient of the KL shrinks with 1/T^2; so each temperature has a like say.
     - Gradient reaches whichever side requires it. A frozen teacher's logits do not.
     """
+    check(None, student_logits, teacher_logits)
     return _kl(*_soften(_full(student_logits), _full(teacher_logits), (temperature,)))
 
 
 def ce(student_logits, target):
     """{"ce"}: cross-entropy with the label, batch mean."""
-    return {"ce": F.cross_entropy(_full(student_logits), target)}
+    check(target, student_logits)
+    return {"ce": _ce(_full(student_logits), target)}
 
 
 def kd(student_logits, teacher_logits, target, *, temperatures=(4.0,), ce_weight=0.1, kd_weight=0.9,
@@ -100,9 +113,10 @@ def kd(student_logits, teacher_logits, target, *, temperatures=(4.0,), ce_weight
 
     standardize: both sides of the KL are standardized before the temperature; CE sees raw logits.
     """
+    check(target, student_logits, teacher_logits)
     z_s, z_t = _full(student_logits), _full(teacher_logits)
     x_s, x_t = (_standardize(z_s), _standardize(z_t)) if standardize else (z_s, z_t)
-    return {"ce": ce_weight * F.cross_entropy(z_s, target),
+    return {"ce": ce_weight * _ce(z_s, target),
             "teacher": kd_weight * _kl(*_soften(x_s, x_t, temperatures))}
 
 
@@ -118,6 +132,7 @@ def dkd(student_logits, teacher_logits, target, *, epoch, warmup=20, alpha=1.0, 
     epoch: counts from 1. warmup: epochs until the full weight, 1 for none; 0 raises, and so does a
     label outside 0..C-1. ce_weight: a. standardize: as in kd.
     """
+    check(target, student_logits, teacher_logits)
     z_s, z_t = _full(student_logits), _full(teacher_logits)
     x_s, x_t = (_standardize(z_s), _standardize(z_t)) if standardize else (z_s, z_t)
     label = target[:, None]                                              # (B, 1)
@@ -125,7 +140,7 @@ def dkd(student_logits, teacher_logits, target, *, epoch, warmup=20, alpha=1.0, 
     tckd = _kl(T, _against_rest(log_p_s, label), _against_rest(log_p_t, label))
     hidden = torch.zeros_like(z_s, dtype=torch.bool).scatter(1, label, True)
     nckd = _kl(T, _among(x_s, T, hidden), _among(x_t, T, hidden))
-    return {"ce": ce_weight * F.cross_entropy(z_s, target),
+    return {"ce": ce_weight * _ce(z_s, target),
             "teacher": min(epoch / warmup, 1) * (alpha * tckd + beta * nckd)}
 
 
@@ -141,13 +156,14 @@ def rld(student_logits, teacher_logits, target, *, epoch, warmup=20, alpha=1.0, 
     The teacher says how sure to be, the label of what. A row with no class below it has MCD = 0.
     epoch, warmup, ce_weight: as in dkd. A label outside 0..C-1 raises.
     """
+    check(target, student_logits, teacher_logits)
     z_s, z_t = _full(student_logits), _full(teacher_logits)
     label, top = target[:, None], z_t.argmax(1, keepdim=True)            # (B, 1) each
     T_a, log_p_s, log_p_t = _soften(z_s, z_t, (alpha_temperature,))
     scd = _kl(T_a, _against_rest(log_p_s, label), _against_rest(log_p_t, top))
     T, hidden = z_t.new_full((1, 1, 1), temperature), z_t >= z_t.gather(1, label)    # hidden (B, C)
     mcd = _kl(T, _among(z_s, T, hidden), _among(z_t, T, hidden))
-    return {"ce": ce_weight * F.cross_entropy(z_s, target),
+    return {"ce": ce_weight * _ce(z_s, target),
             "teacher": min(epoch / warmup, 1) * (alpha * scd + beta * mcd)}
 
 
@@ -165,6 +181,7 @@ def sld(student_logits, teacher_logits, target, *, epoch, gamma=150,
     standardize: as in kd, after the fix.
     Raises ValueError for another teacher_fix, or "add" without omega; a label outside 0..C-1 too.
     """
+    check(target, student_logits, teacher_logits)
     z_s, z_t = _full(student_logits), _full(teacher_logits)
 
     # (S3)  L_TS = sum over T of  kl(z_s, swap(z_t, y), T)
@@ -179,7 +196,7 @@ def sld(student_logits, teacher_logits, target, *, epoch, gamma=150,
     # After the swap. So it is for the pseudo-teacher as well, since swap and standardize commute.
     x_s, x_t = (_standardize(z_s), _standardize(z_t)) if standardize else (z_s, z_t)
     T, log_p_s, log_p_t = _soften(x_s, x_t, temperatures)
-    terms = {"ce": ce_weight * F.cross_entropy(z_s, target),
+    terms = {"ce": ce_weight * _ce(z_s, target),
              "teacher": kd_weight * _kl(T, log_p_s, log_p_t)}
 
     # (S5)  early on the student's own predictions contradict the teacher, so L_SS waits for gamma

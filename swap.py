@@ -3,8 +3,23 @@ label's.
 
 Source: Limantoro et al., "Swapped Logit Distillation via Bi-level Teacher Alignment", 2025.
 logits: (B, C), any float dtype, C >= 2. target: (B,) int64 class indices, 0 <= target < C; an index
-outside raises from `gather`. All functions are differentiable and leave their inputs as they were.
+outside raises from `gather`, other shapes raise ValueError. All functions are differentiable and
+leave their inputs as they were.
 """
+
+
+def check(target, *logits):
+    """Raises ValueError unless each of `logits` is (B, C) with B >= 1 and C >= 2, and target (B,).
+
+    It looks at shapes only: at the values of labels a GPU would have to wait.
+    """
+    shapes = [tuple(z.shape) for z in logits]
+    B, *C = shapes[0] or (0,)
+    right = B >= 1 and len(C) == 1 and C[0] >= 2 and set(shapes) == {(B, *C)}
+    if not right or target is not None and tuple(target.shape) != (B,):
+        labels = "" if target is None else f", labels {tuple(target.shape)}"
+        raise ValueError(f"needs logits (B, C), at least (1, 2), and labels (B,), not logits "
+                         f"{', '.join(map(str, shapes))}{labels}")
 
 
 def swap(logits, target):
@@ -17,6 +32,7 @@ def swap(logits, target):
     that is already right stays, and swapping before or after softmax at any temperature is the
     same.
     """
+    check(target, logits)
     label = target[:, None]                                   # (B, 1)
     top = logits.argmax(1, keepdim=True)                      # (B, 1)
     z_y, z_m = logits.gather(1, label), logits.gather(1, top)
@@ -30,6 +46,7 @@ def add_to_target(logits, target, omega):
     omega: logit units. It changes every probability of the row, and no one knows its natural size.
     Returns (B, C).
     """
+    check(target, logits)
     label = target[:, None]
     return logits.scatter(1, label, logits.gather(1, label) + omega)
 
@@ -37,4 +54,5 @@ def add_to_target(logits, target, omega):
 def misclassified(logits, target):
     """(B,) bool: the label's logit is below the row's maximum, so a swap changes it. A tie is
     right."""
+    check(target, logits)
     return logits.gather(1, target[:, None])[:, 0] < logits.amax(1)

@@ -1,5 +1,6 @@
 """The objectives against the released code's numbers, float64 loops, hand derivatives, autograd."""
 import math
+import re
 from functools import partial
 from pathlib import Path
 
@@ -481,3 +482,52 @@ def test_a_sure_teacher_and_a_sure_student_lose_no_digits_in_float32(name):
     gradients = (torch.autograd.grad(v, z_s)[0] for v in (exact, single))
     assert single.item() == pytest.approx(exact.item(), rel=1e-5)
     torch.testing.assert_close(*gradients, rtol=1e-4, atol=1e-6)
+
+
+Y = torch.tensor([0, 1, 2, 3])
+WRONG_SHAPES = {
+    "a teacher of one row": (torch.zeros(4, 5), torch.zeros(1, 5), Y),
+    "a teacher of one column": (torch.zeros(4, 5), torch.zeros(4, 1), Y),
+    "a teacher without rows": (torch.zeros(4, 5), torch.zeros(5), Y),
+    "three dimensions": (torch.zeros(4, 5, 2), torch.zeros(4, 5, 2), Y),
+    "one class": (torch.zeros(4, 1), torch.zeros(4, 1), torch.zeros(4, dtype=torch.int64)),
+    "an empty batch": (torch.zeros(0, 5), torch.zeros(0, 5), Y[:0]),
+    "fewer labels": (torch.zeros(4, 5), torch.zeros(4, 5), Y[:2]),
+    "labels in a column": (torch.zeros(4, 5), torch.zeros(4, 5), Y[:, None]),
+}
+OF_TWO = {
+    "kd": losses.kd, "sld": lambda s, t, y: losses.sld(s, t, y, epoch=151),
+    "dkd": lambda s, t, y: losses.dkd(s, t, y, epoch=1),
+    "rld": lambda s, t, y: losses.rld(s, t, y, epoch=1),
+}
+
+
+@pytest.mark.parametrize("shapes", WRONG_SHAPES)
+def test_wrong_shapes_raise_and_are_named(shapes):
+    z_s, z_t, y = WRONG_SHAPES[shapes]
+    for objective in OF_TWO.values():
+        with pytest.raises(ValueError, match=re.escape(str(tuple(z_t.shape)))):
+            objective(z_s, z_t, y)
+    # With the teacher's logits alone, wherever they are what is wrong.
+    for function in (lambda z, y: losses.ce(z, y), lambda z, y: losses.swap(z, y),
+                     lambda z, y: losses.add_to_target(z, y, 1.0)):
+        with pytest.raises(ValueError, match=re.escape(str(tuple(y.shape)))):
+            function(z_t, y)
+    if "labels" not in shapes:
+        with pytest.raises(ValueError, match="needs logits"):
+            losses.kl(z_s, z_t, 4.0)
+
+
+@pytest.mark.parametrize("objective", [*OF_TWO, "ce"])
+@pytest.mark.parametrize("label", [-100, -1, 5])
+def test_a_label_that_is_no_class_raises(objective, label):
+    z, y = torch.randn(4, 5), torch.tensor([0, 1, 2, label])
+    with pytest.raises((IndexError, RuntimeError)):
+        losses.ce(z, y) if objective == "ce" else OF_TWO[objective](z, z, y)
+
+
+@pytest.mark.parametrize("temperatures", [(), (0.0,), (4.0, -1.0), (math.nan,), (math.inf,)])
+def test_temperatures_that_are_none_raise(temperatures):
+    z, y = torch.randn(4, 5), Y
+    with pytest.raises(ValueError, match="temperatures must be"):
+        losses.kd(z, z, y, temperatures=temperatures)
