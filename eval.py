@@ -163,8 +163,9 @@ def read_run(folder):
     return config, rows
 
 
-# Settings that may change when a run is resumed, and that older runs had.
+# Settings that may change when a run is resumed, since they fix no number.
 FREE = ("data_dir", "device", "teacher_checkpoint")
+# Settings that older runs have in their config.json.
 GONE = ("run_dir", "resume", "compile")
 # What may differ within a row of a table.
 PER_SEED = {"seed", "amp", *FREE, *GONE}

@@ -15,6 +15,7 @@ import json
 import math
 import os
 import platform
+import re
 import shlex
 import signal
 import subprocess
@@ -56,7 +57,8 @@ class Settings:
     image_size: int = setting("side in pixels, for folder; default 64", int, POSITIVE, metavar="PX")
     evaluate: str = setting("measure on the test part, or on val, a tenth of the training images, "
                             "which is then not trained on; default test", choices=("test", "val"))
-    teacher: str = setting("teacher network", choices=MODELS, metavar="NAME")
+    teacher: str = setting("teacher network, see --student; resnet14 on glyphs, else larger",
+                           choices=MODELS, metavar="NAME")
     teacher_checkpoint: str = setting("its weights; default: trained first, or cached",
                                       metavar="FILE")
     student: str = setting(f"one of {', '.join(MODELS)}", choices=MODELS, metavar="NAME")
@@ -65,12 +67,12 @@ class Settings:
     temperatures: tuple = setting("T of the KL; 4 for kd, 1 2 3 4 5 6 for sld", float, POSITIVE,
                                   nargs="+", metavar="T")
     gamma: int = setting("the student swap starts after this epoch; 150 of 240", int, NOT_NEGATIVE)
-    ce_weight: float = setting("a of (S6); 0.1, for dkd and rld 1", float, NOT_NEGATIVE)
-    kd_weight: float = setting("b of (S6); 0.9", float, NOT_NEGATIVE)
+    ce_weight: float = setting("weight of CE; 0.1, for dkd and rld 1", float, NOT_NEGATIVE)
+    kd_weight: float = setting("weight of the KL terms; 0.9", float, NOT_NEGATIVE)
     teacher_fix: str = setting("what is done to the teacher's logits; swap",
                                choices=("swap", "add", "none"))
     omega: float = setting("logit units added to the label's, for --teacher-fix add", float, FINITE)
-    student_swap: bool = setting("use the pseudo-teacher, (S4); on", bool)
+    student_swap: bool = setting("the swapped student teaches too; on", bool)
     detach: bool = setting("stop the gradient through the pseudo-teacher; off, as released", bool)
     standardize: bool = setting("standardize logits before the temperature; off", bool)
     alpha: float = setting("weight of the label's part of dkd and rld; 1", float, NOT_NEGATIVE)
@@ -78,7 +80,8 @@ class Settings:
     temperature: float = setting("T of dkd and rld; 4", float, POSITIVE)
     alpha_temperature: float = setting("T of the label's part of rld; 1", float, POSITIVE)
     kd_warmup: float = setting("epochs until dkd and rld count in full; 20 of 240", float, POSITIVE)
-    epochs: int = setting("240 on CIFAR, 60 on a folder, 7 on glyphs (14 for a ViT)", int, POSITIVE)
+    epochs: int = setting("240 on CIFAR, 60 on a folder, 7 on glyphs, 14 with adamw", int,
+                          POSITIVE)
     batch_size: int = setting("images a step; default 64", int, POSITIVE)
     optimizer: str = setting("sgd, with momentum 0.9; adamw for a ViT", choices=("sgd", "adamw"))
     lr: float = setting("0.05, for sld 0.025; with adamw 0.001; own ones on glyphs",
@@ -86,8 +89,8 @@ class Settings:
     weight_decay: float = setting("on all parameters; 5e-4, with adamw 0.05", float, NOT_NEGATIVE)
     schedule: str = setting("step: x0.1 after 150, 180, 210 of 240 epochs; cosine on glyphs and "
                             "with adamw", choices=("step", "cosine"))
-    warmup: float = setting("epochs of linear warm-up; 0, or a tenth of all on glyphs", float,
-                            NOT_NEGATIVE)
+    warmup: float = setting("epochs of linear warm-up; 0; a tenth of all on glyphs and with adamw",
+                            float, NOT_NEGATIVE)
     seed: int = setting("of initial weights, order and views; default 0", int, SEED)
     device: str = setting("default auto", choices=("auto", "cpu", "cuda", "mps"))
     amp: bool = setting("mixed precision; on for CUDA and CPUs with bfloat16 instructions", bool)
@@ -155,7 +158,7 @@ def resolve(s):
     optimizer = given.get("optimizer", "adamw" if vit else "sgd")
     tuned = dict(TUNED[optimizer]) if dataset == "glyphs" else {}
     if tuned:
-        tuned["lr"] = tuned["lr"][method]
+        tuned["lr"] = tuned["lr"].get(method, METHODS[method]["lr"])
 
     # Later ones win: the method's rate is for SGD, the optimiser's own is for any method.
     full = dict.fromkeys(f.name for f in dataclasses.fields(Settings))
@@ -186,7 +189,7 @@ def resolve(s):
         (full["warmup"] >= epochs,
          f"--warmup {full['warmup']:g}: must be shorter than the {epochs} epochs"),
         (vits and full["image_size"] % 8,
-         f"--image-size {full['image_size']}: {vits and vits[0]} needs a multiple of 8"),
+         f"--image-size {full['image_size']}: {', '.join(vits)}: needs a multiple of 8"),
         (not full["student_swap"] and {"gamma", "detach"} & given.keys(),
          "--gamma, --detach: part of the student swap; leave out --no-student-swap or them"),
         (full["student_swap"] and full["gamma"] >= epochs,
@@ -214,9 +217,10 @@ def make_objective(s):
     if s.method == "ce":
         return lambda z_s, z_t, y, epoch: losses.ce(z_s, y)
     objective = losses.OBJECTIVES[s.method]
+    takes_epoch = "epoch" in inspect.signature(objective).parameters
     options = {"warmup" if name == "kd_warmup" else name: getattr(s, name)
                for name in options_of(s.method)}
-    if s.method == "kd":
+    if not takes_epoch:
         return lambda z_s, z_t, y, epoch: objective(z_s, z_t, y, **options)
     return lambda z_s, z_t, y, epoch: objective(z_s, z_t, y, epoch=epoch, **options)
 
@@ -225,7 +229,7 @@ def make_objective(s):
 
 @dataclasses.dataclass
 class Learner:
-    """What an epoch works with: the networks on their device, and what moves the student."""
+    """What a run works with: the networks on their device, and what moves the student."""
     student: torch.nn.Module
     teacher: torch.nn.Module
     teacher_digest: str
@@ -236,9 +240,9 @@ class Learner:
 
 def train_epoch(s, epoch, learner, data):
     """One pass over the training part. Returns the epoch's numbers as they go into metrics.jsonl:
-    {"epoch", "lr", "loss", "loss_<term>", "train_top1", "swap_<who>_<view>", …}, means over the
-    rows, shares in percent. s: resolved Settings. Raises UserError where the loss is not finite;
-    the student has not moved by it then.
+    {"epoch", "lr", "loss", "loss_<term>", "train_top1", "swap_teacher_<view>", "swap_student", …},
+    means over the rows, shares in percent. s: resolved Settings. Raises UserError where the loss is
+    not finite, before the student moves by it.
     """
     student, teacher, scaler = learner.student, learner.teacher, learner.scaler
     device, objective = next(student.parameters()).device, make_objective(s)
@@ -250,14 +254,15 @@ def train_epoch(s, epoch, learner, data):
     for step, (views, target) in enumerate(bar):
         views = [v.to(device, memory_format=torch.channels_last) for v in views]   # (B, 3, S, S)
         target = target.to(device)                                                 # (B,)
+        # In the middle of the step, so that a warm-up does not begin with a rate of 0.
         lr = learning_rate(s, epoch - 1 + (step + 0.5) / steps)
         for group in learner.optimizer.param_groups:
             group["lr"] = lr
 
         # --- The step ---
         # (S6)  L = sum over the views of  a CE + b ( L_TS + 1[epoch > gamma] L_SS ),  in float32.
-        # The teacher takes both views in one pass: in eval mode no row touches another. The student
-        # takes them one after the other, weak first, each with its own batch statistics.
+        # The teacher, frozen, takes both views at once: in eval mode no row touches another. The
+        # student takes them one by one, weak first, each with its own batch statistics.
         with learner.autocast:
             z_t = [None] * len(views)
             if teacher:
@@ -268,12 +273,11 @@ def train_epoch(s, epoch, learner, data):
             for name, term in objective(student_logits, teacher_logits, target, epoch).items():
                 terms[name] = terms.get(name, 0) + term
         loss = sum(terms.values())
-
-        learner.optimizer.zero_grad()
-        scaler.scale(loss).backward()
         if not loss.isfinite():
             raise UserError(f"epoch {epoch}, step {step + 1} of {steps}, lr {lr:g}: the loss is "
                             f"not finite; try a smaller --lr{' or --no-amp' if s.amp else ''}")
+        learner.optimizer.zero_grad()
+        scaler.scale(loss).backward()
         scale = scaler.get_scale()
         scaler.step(learner.optimizer)
         scaler.update()
@@ -290,11 +294,12 @@ def train_epoch(s, epoch, learner, data):
             sums[name] = sums.get(name, 0) + value
     seconds = time.perf_counter() - start
     means = {name: value / n for name, value in sums.items()}
-    student = [means.pop(k) for k in ("swap_student_weak", "swap_student_strong") if k in means]
-    terms = {name: value for name, value in means.items() if name.startswith("loss_")}
-    teacher = {name: 100 * value for name, value in means.items() if name.startswith("swap_")}
-    return dict(epoch=epoch, lr=lr, loss=sum(terms.values()), **terms, **teacher,
-                train_top1=100 * (1 - student[0]), swap_student=100 * sum(student) / len(student),
+    # The student's misclassified rows on the weak view and, where there is one, on the strong.
+    wrong = [means.pop(k) for k in ("swap_student_weak", "swap_student_strong") if k in means]
+    loss_terms = {name: value for name, value in means.items() if name.startswith("loss_")}
+    swaps = {name: 100 * value for name, value in means.items() if name.startswith("swap_")}
+    return dict(epoch=epoch, lr=lr, loss=sum(loss_terms.values()), **loss_terms, **swaps,
+                train_top1=100 * (1 - wrong[0]), swap_student=100 * sum(wrong) / len(wrong),
                 skipped_steps=skipped, seconds=seconds, images_per_second=n / seconds)
 
 
@@ -338,14 +343,16 @@ def run(settings, run_dir=None, resume=False):
 
     print(f"data      {s.dataset}: {n} training and {len(data.test[1])} {PARTS[s.evaluate]} "
           f"images, {len(data.classes)} classes, {s.image_size} px\n{in_words(s)}")
-    precision = f"mixed precision ({str(autocast.fast_dtype)[6:]})" if s.amp else "float32"
+    half = str(autocast.fast_dtype).removeprefix("torch.")
+    precision = f"mixed precision ({half})" if s.amp else "float32"
     print(f"device    {device.type}, {precision}; run folder {folder}")
-    if s.batch_size != COMMON["batch_size"] and settings.lr is None and s.optimizer == "sgd":
+    by_default = settings.lr is None and s.optimizer == "sgd" and not resume
+    if by_default and s.batch_size != COMMON["batch_size"]:
         scaled = s.lr * s.batch_size / COMMON["batch_size"]
         print(f"note      batch {s.batch_size} is not the recipe's {COMMON['batch_size']}; linear "
               f"scaling would give --lr {scaled:g} instead of {s.lr:g} (not applied)")
     with lock(folder), explained(s, folder, history):
-        describe(folder, s, learner, resume)
+        open_folder(folder, s, learner, resume)
         print("swap%     rows whose top class is not the label: of the teacher on weak (Tw) and "
               f"strong (Ts) views, of the student (S)\n\n{header(s.evaluate)}")
         for epoch in range(len(history) + 1, s.epochs + 1):
@@ -356,10 +363,11 @@ def run(settings, run_dir=None, resume=False):
             row |= {f"{s.evaluate}_{k}": measured[k] for k in ("top1", "top5", "nll")}
             row["best_top1"] = max([r["best_top1"] for r in history] + [measured["top1"]])
             save(folder, s, data, learner, history + [row])
+            # Only now, since `explained` counts what is saved.
             history.append(row)
             write_metrics(folder, history)
             print(epoch_line(row, s.evaluate), flush=True)
-        # Here too, since a resumed run may have nothing else left to do.
+        # Here too: a run that was killed after its last checkpoint lacks a line.
         write_metrics(folder, history)
         curves = io.BytesIO()
         plot([folder]).savefig(curves)
@@ -379,7 +387,7 @@ def open_run(settings, run_dir, resume):
         numbered = (Path(f"{name}-{k}" if k > 1 else name) for k in range(1, 10**6))
         folder = Path(run_dir or next(path for path in numbered if not path.exists()))
         inside = folder.iterdir() if folder.is_dir() else ()
-        if any(path.name != "lock" and path.suffix != ".tmp" for path in inside):
+        if any(path.name != "lock" and not is_left_over(path) for path in inside):
             raise UserError(f"--run-dir {folder}: already holds a run or other files; give "
                             "another, or --resume to go on")
         return s, folder, None
@@ -400,11 +408,20 @@ def open_run(settings, run_dir, resume):
         raise UserError(f"--resume: these would change the result of {folder}: "
                         f"{', '.join(changed)}; leave them out")
     last = folder / "last.pt"
+    if not last.exists() and (folder / "metrics.jsonl").exists():
+        raise UserError(f"--resume: {last} is gone, so nothing can go on; put it back, or start "
+                        "anew with another --run-dir")
     checkpoint = load_model(last)[1] if last.exists() else None
-    if checkpoint and "history" not in checkpoint:
+    if checkpoint and comparable(checkpoint.get("settings")) != comparable(vars(saved)):
         raise UserError(f"--resume: {last} is not a checkpoint of this run; put the run's own back")
     free = {k: given[k] for k in FREE if given[k] is not None}
     return dataclasses.replace(saved, **free), folder, checkpoint
+
+
+def comparable(settings):
+    """{name: value} of what fixes a run's result, or None. A checkpoint has lists for tuples."""
+    return settings and {k: list(v) if isinstance(v, tuple) else v for k, v in settings.items()
+                         if k not in FREE}
 
 
 COLUMNS = (  # heading, key, width, format
@@ -431,13 +448,13 @@ def epoch_line(row, part):
 
 def in_words(s):
     """The resolved experiment, one line for each of its parts."""
-    loss = "CE(label)"
+    loss = "CE(label)" if s.method == "ce" else f"losses.{s.method}"
     if s.method in ("dkd", "rld"):
         parts = dict(dkd=("label against the rest", "the other classes"),
                      rld=("teacher's certainty", "the classes below the label"))[s.method]
         loss = (f"{s.ce_weight:g} CE(label) + {s.alpha:g} T^2 KL({parts[0]}) + {s.beta:g} T^2 "
                 f"KL({parts[1]}) at T = {s.temperature:g}, in full after {s.kd_warmup:g} epochs")
-    elif s.method != "ce":
+    elif s.method in ("kd", "sld"):
         fixed = {"swap": "swapped teacher", "add": f"teacher + {s.omega} on the label"}
         fixed = fixed.get(s.teacher_fix, "teacher")
         loss = (f"{s.ce_weight:g} CE(label) + {s.kd_weight:g} T^2 KL({fixed} || student) "
@@ -505,7 +522,11 @@ def cached_teacher(s, data):
             return folder / "last.pt"
     print(f"no {s.teacher} teacher for {name} yet: {'going on with' if started else 'training'} it "
           f"first, in {folder}\n(your own instead: --teacher-checkpoint FILE)\n")
-    run(mine, folder, resume=started)
+    try:
+        run(mine, folder, resume=started)
+    except KeyboardInterrupt as stop:
+        stop.__notes__ = ["the same command goes on with the teacher"]
+        raise
     print()
     return folder / "last.pt"
 
@@ -557,6 +578,12 @@ def write(path, content):
         temporary.unlink(missing_ok=True)
 
 
+def is_left_over(path):
+    """Whether it is a file that `write` was writing when its process was killed."""
+    ours = r"(config\.json|env\.json|metrics\.jsonl|curves\.png|best\.pt|last\.pt)\.\d+\.tmp"
+    return re.fullmatch(ours, path.name) is not None
+
+
 def write_json(path, value):
     write(path, (json.dumps(value, indent=1) + "\n").encode())
 
@@ -576,7 +603,7 @@ def save(folder, s, data, learner, history):
         model={k: v.cpu() for k, v in learner.student.state_dict().items()})
     resumable = student | dict(
         optimizer=learner.optimizer.state_dict(), scaler=learner.scaler.state_dict(),
-        teacher_digest=learner.teacher_digest, history=history)
+        teacher_digest=learner.teacher_digest, history=history, settings=dataclasses.asdict(s))
     for name, content in (("best.pt", student), ("last.pt", resumable)):
         if name == "last.pt" or top1 == row["best_top1"]:
             buffer = io.BytesIO()
@@ -597,9 +624,9 @@ def lock(folder):
         return contextlib.nullcontext()
 
 
-def describe(folder, s, learner, resume):
+def open_folder(folder, s, learner, resume):
     """Write config.json and env.json of a new run; tidy up after a process killed in a write."""
-    for left_over in folder.glob("*.tmp"):
+    for left_over in filter(is_left_over, folder.iterdir()):
         left_over.unlink()
     if not resume:
         if (folder / "config.json").exists():
@@ -646,6 +673,9 @@ def environment(device):
         # No git here.
         commit = ""
     name = torch.cuda.get_device_name() if device.type == "cuda" else platform.processor()
+    if not name and Path("/proc/cpuinfo").exists():
+        # Linux leaves platform.processor() empty.
+        name = re.search(r"model name\s*: (.*)|$", Path("/proc/cpuinfo").read_text())[1]
     return dict(python=platform.python_version(), torch=torch.__version__,
                 torchvision=torchvision.__version__, system=platform.system(),
                 machine=platform.machine(), device=device.type, device_name=name,
@@ -666,7 +696,8 @@ def main():
             options = dict(help=options["help"], action=argparse.BooleanOptionalAction)
         parser.add_argument(flag(field.name), **options)
     parser.add_argument("--run-dir", metavar="DIR",
-                        help="default runs/<dataset>-<method>-<student>-seed<seed>")
+                        help="default runs/<dataset>-<method>-<student>-seed<seed>, with -2, -3, … "
+                        "where that exists")
     parser.add_argument("--resume", action="store_true",
                         help="go on from DIR/last.pt, with the run's own settings")
 

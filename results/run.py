@@ -1,8 +1,8 @@
 """Make the runs behind the tables:  python results/run.py GROUP [--jobs 2] [--rows ROW …]
 
-A run that is there is left alone, one that was cut off goes on. Each runs on one thread, but for
-the rows that say otherwise, so that its numbers do not depend on --jobs. Logs go to
-results/GROUP/<row>/seed<k>; weights stay beside them, out of git.
+A run that is there is left alone, one that was cut off goes on, a teacher that is missing comes
+first. Each runs on one thread, but for the rows that say otherwise, so that its numbers do not
+depend on --jobs. Logs go to results/GROUP/<row>/seed<k>; weights stay beside them, out of git.
 """
 import argparse
 import os
@@ -12,6 +12,10 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT))
+
+import eval as evaluation  # noqa: E402
+
 TEACHER = "--teacher-checkpoint results/teachers/{}/seed0/last.pt"
 # The teacher of the default experiment, as train.py trains it by itself.
 ALONE = "--method ce --student resnet14 --epochs 12"
@@ -51,9 +55,16 @@ GROUPS = {
 def make(folder, flags, seed):
     threads = "2" if folder.endswith("2-thread") else "1"
     folder = f"{folder}/seed{seed}"
-    start = ["--resume"]
-    if not (ROOT / folder / "config.json").exists():
-        start = [*flags.split(), "--seed", str(seed)]
+    start = [*flags.split(), "--seed", str(seed)]
+    if (ROOT / folder / "config.json").exists():
+        start = ["--resume"]
+    # A teacher's weights are needed, of the others the logs are enough.
+    needed = "last.pt" if folder.startswith("results/teachers/") else "metrics.jsonl"
+    if (ROOT / folder / needed).exists():
+        config, rows = evaluation.read_run(ROOT / folder)
+        if len(rows) == config["epochs"]:
+            print(f"{folder}: is there", flush=True)
+            return 0
     with open(ROOT / f"{folder}.out".replace("/", "-").replace("results-", "runs/"), "w") as out:
         done = subprocess.run([sys.executable, "train.py", *start, "--run-dir", folder], cwd=ROOT,
                               stdout=out, stderr=subprocess.STDOUT,
@@ -78,6 +89,9 @@ def main():
                      f"{', '.join(rows)}")
     rows = {row: flags for row, flags in rows.items() if row in (args.rows or rows)}
     (ROOT / "runs").mkdir(exist_ok=True)
+    for name, flags in GROUPS["teachers"][0].items():
+        if any(TEACHER.format(name) in others for others in rows.values()):
+            make(f"results/teachers/{name}", flags, 0)
     with ThreadPoolExecutor(args.jobs) as pool:
         runs = [pool.submit(make, f"results/{args.group}/{row}", flags, seed) for seed in seeds
                 for row, flags in rows.items()]

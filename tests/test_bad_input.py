@@ -339,3 +339,29 @@ def test_eval_of_a_foreign_file_asks_for_what_is_missing(command, tmp_path, colo
     torch.save(create_model("resnet8", 3).state_dict(), tmp_path / "bare.pt")
     refused(command(evaluation, "bare.pt"), "--model")
     refused(command(evaluation, "bare.pt", "--model", "resnet8"), "--dataset")
+
+
+def test_a_checkpoint_of_another_run_is_not_resumed(command, base, color_teacher, tmp_path):
+    arguments = (*base, "--teacher-checkpoint", color_teacher)
+    assert command(train, *arguments)[0] == 0
+    assert command(train, *arguments, "--seed", 1, "--run-dir", "other")[0] == 0
+    shutil.copy("other/last.pt", "run/last.pt")
+    refused(command(train, "--resume", "--run-dir", "run"), "last.pt is not a checkpoint of this")
+
+
+def test_a_run_without_its_checkpoint_is_not_started_over(command, base, color_teacher):
+    assert command(train, *base, "--teacher-checkpoint", color_teacher)[0] == 0
+    os.remove("run/last.pt")
+    before = {path.name: path.read_bytes() for path in Path("run").iterdir()}
+    refused(command(train, "--resume", "--run-dir", "run"), "last.pt is gone")
+    assert {path.name: path.read_bytes() for path in Path("run").iterdir()} == before
+
+
+def test_a_users_own_tmp_file_is_not_touched(command, base, color_teacher):
+    Path("run").mkdir()
+    Path("run/thesis.tmp").write_text("mine")
+    refused(command(train, *base, "--teacher-checkpoint", color_teacher), "run: already holds")
+    Path("run/thesis.tmp").unlink()
+    Path("run/last.pt.123.tmp").write_text("torn")
+    assert command(train, *base, "--teacher-checkpoint", color_teacher)[0] == 0
+    assert not list(Path("run").glob("*.tmp"))

@@ -377,7 +377,7 @@ def test_a_teacher_interrupted_in_its_first_epoch_is_trained_again(colors, comma
         return real(*a)
     monkeypatch.setattr(train, "train_epoch", interrupted)
     status, _, err = command(train, *arguments)
-    assert status == 130 and "--resume" in err
+    assert status == 130 and "the same command goes on with the teacher" in err
     status, out, err = command(train, *arguments)
     assert status == 0 and "going on with it first" in out, err
 
