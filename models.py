@@ -7,6 +7,12 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+def in_float32(layer, x):
+    """layer(x) outside autocast: in bfloat16, more than one row in a hundred ties at the top."""
+    with torch.autocast(x.device.type, enabled=False):
+        return layer(x.to(layer.weight.dtype))
+
+
 # --- CIFAR ResNets (He et al., CVPR 2016, section 4.2) -------------------------------------------
 
 class BasicBlock(nn.Module):
@@ -60,7 +66,7 @@ class ResNet(nn.Module):
     def forward(self, x):                                     # (B, 3, H, W)
         x = F.relu(self.bn1(self.conv1(x)), inplace=True)     # (B, stem, H, W)
         x = self.layer3(self.layer2(self.layer1(x)))          # (B, w3, H/4, W/4)
-        return self.fc(x.mean((2, 3)))                        # (B, num_classes)
+        return in_float32(self.fc, x.mean((2, 3)))            # (B, num_classes)
 
 
 # --- ViT (Dosovitskiy et al., ICLR 2021) ---------------------------------------------------------
@@ -142,7 +148,7 @@ class ViT(nn.Module):
     def forward(self, x):                                     # (B, 3, H, W)
         x = self.patch_embed(x).flatten(2).transpose(1, 2)    # (B, N, D), N patches
         x = torch.cat([self.cls_token.expand(len(x), -1, -1), x], 1) + self.pos_embed  # (B, 1+N, D)
-        return self.head(self.norm(self.blocks(x))[:, 0])               # (B, num_classes)
+        return in_float32(self.head, self.norm(self.blocks(x))[:, 0])   # (B, num_classes)
 
 
 # --- The table of names --------------------------------------------------------------------------

@@ -68,3 +68,15 @@ def test_bad_names_and_class_counts_raise():
         create_model("resnet21", 10)
     with pytest.raises(ValueError, match="at least 2"):
         create_model("resnet8", 1)
+
+
+@pytest.mark.parametrize("name", ["resnet8", "vit_nano"])
+def test_logits_under_autocast_do_not_tie(name):
+    network, x = create_model(name, 100, 16), torch.randn(64, 3, 16, 16)
+    with torch.autocast("cpu", torch.bfloat16):
+        logits = network(x)
+    top = logits.detach().topk(2).values
+    assert logits.dtype == torch.float32 and not (logits.detach() == logits.bfloat16()).all()
+    assert (top[:, 0] > top[:, 1]).all()
+    logits.sum().backward()
+    assert all(p.grad is not None and p.grad.isfinite().all() for p in network.parameters())
