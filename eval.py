@@ -158,7 +158,8 @@ def read_run(folder):
         rows = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
     except (OSError, ValueError) as error:
         raise UserError(f"{folder}: needs a readable config.json and metrics.jsonl ({error})")
-    if not rows or not all(isinstance(row, dict) and top1_of(config) in row for row in rows):
+    numbers = [row.get(top1_of(config)) if isinstance(row, dict) else None for row in rows]
+    if not all(isinstance(x, (int, float)) and math.isfinite(x) for x in numbers or [None]):
         raise UserError(f"{folder / 'metrics.jsonl'}: empty, or not written by train.py")
     return config, rows
 
@@ -170,7 +171,7 @@ GONE = ("run_dir", "resume", "compile")
 # What may differ within a row of a table.
 PER_SEED = {"seed", "amp", *FREE, *GONE}
 # What every run in a table must share; ce has no teacher.
-ALIKE = ("dataset", "student", "teacher", "epochs")
+ALIKE = ("dataset", "image_size", "student", "teacher", "epochs")
 # 97.5 % quantiles of Student's t for 1 to 30 degrees of freedom; the last serves beyond.
 T_975 = (12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262, 2.228, 2.201, 2.179, 2.160,
          2.145, 2.131, 2.120, 2.110, 2.101, 2.093, 2.086, 2.080, 2.074, 2.069, 2.064, 2.060, 2.056,
@@ -184,7 +185,11 @@ def read_rows(folder):
     rows, alike = {}, {}
     for path in sorted(Path(folder).rglob("metrics.jsonl")):
         run = path.parent
-        (config, epochs), row = read_run(run), rows.setdefault(run.parent.name, {})
+        config, epochs = read_run(run)
+        row = rows.setdefault(str(run.parent.relative_to(folder)), {})
+        if len(epochs) != config.get("epochs", len(epochs)):
+            raise UserError(f"--table: {run} has {len(epochs)} of {config['epochs']} epochs; go on "
+                            "with it, or take it out")
         env = json.loads((run / "env.json").read_text()) if (run / "env.json").exists() else {}
         about = {k: config.get(k) for k in ALIKE} | {
             "evaluate": part_of(config), "epochs": len(epochs),

@@ -171,3 +171,20 @@ def test_curves_show_what_the_logs_say(tmp_path, command, monkeypatch):
                    "b")[0] == 0 and (tmp_path / "curves.png").read_bytes()[:4] == b"\x89PNG"
     status, _, err = command(evaluation, "--plot", "c")
     assert status == 2 and err.startswith("eval.py: c: ") and err.count("\n") == 1
+
+
+def test_rows_of_one_name_in_two_folders_are_two_rows(tmp_path, command):
+    write_run(tmp_path / "x/kd/seed0", [60, 70], seed=0)
+    write_run(tmp_path / "y/kd/seed1", [10, 20], seed=1)
+    status, out, _ = command(evaluation, "--table", tmp_path)
+    assert status == 0 and [row[0] for row in cells(out)] == ["x/kd", "y/kd"]
+
+
+@pytest.mark.parametrize("accuracies, config, culprit", [
+    ([50, 60], dict(epochs=240), "has 2 of 240 epochs"), ([50, math.nan], {}, "metrics.jsonl"),
+    ([50, "60"], {}, "metrics.jsonl"), ([50, 60], dict(image_size=32), "different image_size")])
+def test_the_table_refuses_what_is_no_result(tmp_path, command, accuracies, config, culprit):
+    write_run(tmp_path / "1-ce/seed0", [50, 60], seed=0, image_size=16)
+    write_run(tmp_path / "2-kd/seed0", accuracies, **dict(seed=0, image_size=16) | config)
+    status, _, err = command(evaluation, "--table", tmp_path)
+    assert status == 2 and culprit in err and "2-kd" in err and err.count("\n") == 1
