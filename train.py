@@ -122,7 +122,7 @@ OPTIMIZERS = {
 }
 # For glyphs, on its validation part: results/tuning.
 TUNED = {
-    "sgd": dict(lr=dict(ce=0.4, kd=0.4, sld=0.2, dkd=0.4, rld=0.4), schedule="cosine", warmup=None),
+    "sgd": dict(lr=dict(ce=0.4, kd=0.4, sld=0.1, dkd=0.4, rld=0.4), schedule="cosine", warmup=None),
     "adamw": dict(lr=dict.fromkeys(METHODS, 1e-3), epochs=14),
 }
 # Epochs of the published recipe; gamma's 150 and the 20 of kd_warmup are of the same 240.
