@@ -13,6 +13,7 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
 TEACHER = "--teacher-checkpoint results/teachers/{}/seed0/last.pt"
+RESNET14 = "--method ce --student resnet14"
 RECIPES = {"1-ce": "--method ce", "2-kd": f"--method kd {TEACHER}",
            "3-sld": f"--method sld {TEACHER}"}
 GRID = {"ce": (0.2, 0.4, 0.8, 1.6), "kd": (0.2, 0.4, 0.8, 1.6), "sld": (0.05, 0.1, 0.2, 0.4)}
@@ -29,16 +30,15 @@ def grid(lrs, more=""):
             for method, flags in by_method.items() for lr in lrs[method]}
 
 
-# group: (its rows, each with flags of train.py; the seeds)
+# Group: (its rows, each with flags of train.py; the seeds).
 GROUPS = {
-    "teachers": ({"glyphs": "--method ce --student resnet14",
-                  "glyphs-val": "--method ce --student resnet14 --evaluate val"}, range(1)),
-    "stability": ({f"{name}-{n}-thread": f"--method ce --student resnet14 {flag}"
+    "teachers": ({"glyphs": RESNET14, "glyphs-val": f"{RESNET14} --evaluate val"}, range(1)),
+    "stability": ({f"{name}-{n}-thread": f"{RESNET14} {flag}"
                    for name, flag in (("float32", "--no-amp"), ("bfloat16", "--amp"))
                    for n in (1, 2)}, range(3)),
     "tuning": (grid(GRID), range(1)),
-    "tuning-teacher": ({f"resnet14-lr{lr:g}": f"--method ce --student resnet14 --evaluate val --lr "
-                                              f"{lr:g}" for lr in (0.1, 0.2, 0.4, 0.8)}, range(1)),
+    "tuning-teacher": ({f"resnet14-lr{lr:g}": f"{RESNET14} --evaluate val --lr {lr:g}"
+                        for lr in (0.1, 0.2, 0.4, 0.8)}, range(1)),
     "tuning-vit": (grid(VIT_GRID, "--student vit_nano"), range(1)),
     "recipes": (recipes(), range(3)),
     "recipes-twice": (recipes(more="--epochs 16"), range(1)),
@@ -53,7 +53,8 @@ def make(folder, flags, seed):
     start = ["--resume"]
     if not (ROOT / folder / "config.json").exists():
         start = [*flags.split(), "--seed", str(seed)]
-    with open(ROOT / f"{folder}.out".replace("/", "-").replace("results-", "runs/"), "w") as out:
+    log = ROOT / f"{folder}.out".replace("/", "-").replace("results-", "runs/")
+    with open(log, "w") as out:
         done = subprocess.run([sys.executable, "train.py", *start, "--run-dir", folder], cwd=ROOT,
                               stdout=out, stderr=subprocess.STDOUT,
                               env=os.environ | dict(OMP_NUM_THREADS=threads))
@@ -78,8 +79,8 @@ def main():
     rows = {row: flags for row, flags in rows.items() if row in (args.rows or rows)}
     (ROOT / "runs").mkdir(exist_ok=True)
     with ThreadPoolExecutor(args.jobs) as pool:
-        runs = [pool.submit(make, f"results/{args.group}/{row}", flags, seed) for seed in seeds
-                for row, flags in rows.items()]
+        runs = [pool.submit(make, f"results/{args.group}/{row}", flags, seed)
+                for seed in seeds for row, flags in rows.items()]
     sys.exit(max(run.result() for run in runs))
 
 
