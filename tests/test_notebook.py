@@ -1,5 +1,4 @@
-"""analysis.ipynb runs from top to bottom, on a smaller glyphs set, and is committed with its
-outputs."""
+"""analysis.ipynb runs from top to bottom, on fewer glyphs, and is committed with its outputs."""
 import os
 import shutil
 from base64 import b64decode
@@ -28,13 +27,11 @@ def figures(cells):
 
 
 def test_it_is_saved_with_its_outputs():
-    assert [cell.execution_count
-            for cell in CODE] == list(range(1,
-                                            len(CODE)
-                                            + 1)), "run it from top to bottom, then save it"
+    counts = [cell.execution_count for cell in CODE]
+    assert counts == list(range(1, len(CODE) + 1)), "run it from top to bottom, then save it"
     assert len(figures(CODE)) >= 8
-    assert not [output for cell in CODE for output in cell.outputs if output.output_type == "error"
-                or output.get("name") == "stderr"]
+    assert not [output for cell in CODE for output in cell.outputs
+                if output.output_type == "error" or output.get("name") == "stderr"]
     text = (ROOT / "analysis.ipynb").read_text(encoding="utf-8")
     assert str(ROOT) not in text and str(Path.home()) + os.sep not in text
 
@@ -45,14 +42,17 @@ def test_the_readme_shows_its_first_figure():
 
 @pytest.fixture
 def small(tmp_path, monkeypatch):
-    """A copy of the repository's scripts and logs with a small glyphs set of all 47 classes in its
-    cache, and a teacher that nearly always says class 0, as some of the test images are labelled:
-    no training decides whether it passes the door."""
+    """A copy of the scripts and logs, with few glyphs of all 47 classes and a teacher for them.
+
+    The teacher nearly always says class 0, as some of the test images are labelled: no training
+    decides whether it passes the door.
+    """
     for path in ROOT.glob("*.py"):
         shutil.copy(path, tmp_path)
     shutil.copytree(ROOT / "results", tmp_path / "results")
-    for name, value in dict(ROTATION=0, JITTER=0.05, DISTRACTORS=0, ZOOM=(1.1, 1.2),
-                            CONTRAST=(1, 1), NOISE=(0, 0.02)).items():
+    easy = dict(ROTATION=0, JITTER=0.05, DISTRACTORS=0, ZOOM=(1.1, 1.2), CONTRAST=(1, 1),
+                NOISE=(0, 0.02))
+    for name, value in easy.items():
         monkeypatch.setattr(data, name, value)
     parts = [*data.render_glyphs(300, seed=1), *data.render_glyphs(150, seed=2)]
     parts[3][:20] = 0
@@ -62,11 +62,11 @@ def small(tmp_path, monkeypatch):
     folder.mkdir(parents=True)
     (folder / "config.json").write_text('{"epochs": 1}')
     (folder / "metrics.jsonl").write_text('{"epoch": 1, "test_top1": 50}\n')
-    torch.save(dict(architecture="resnet14", epoch=1, model=teacher.state_dict()),
-               folder / "last.pt")
+    checkpoint = dict(architecture="resnet14", epoch=1, model=teacher.state_dict())
+    torch.save(checkpoint, folder / "last.pt")
     (tmp_path / "data").mkdir()
-    np.savez(tmp_path / f"data/glyphs-{data.GLYPHS_VERSION}.npz",
-             **dict(zip(("train_x", "train_y", "test_x", "test_y"), map(np.asarray, parts))))
+    arrays = dict(zip(("train_x", "train_y", "test_x", "test_y"), map(np.asarray, parts)))
+    np.savez(tmp_path / f"data/glyphs-{data.GLYPHS_VERSION}.npz", **arrays)
     return tmp_path
 
 
@@ -77,8 +77,8 @@ def test_it_runs_from_top_to_bottom(small, monkeypatch):
                    resources=dict(metadata=dict(path=str(small)))).execute()
     cells = [cell for cell in notebook.cells if cell.cell_type == "code"]
     assert len(figures(cells)) == len(figures(CODE))
-    assert any("the teacher errs on" in output.get("text", "") for cell in cells
-               for output in cell.outputs)
+    assert any("the teacher errs on" in output.get("text", "")
+               for cell in cells for output in cell.outputs)
 
 
 @pytest.mark.parametrize("teacher, what", [
@@ -95,8 +95,7 @@ def test_the_examples_are_chosen_among_what_is_there(teacher, what, capsys):
     plt.switch_backend("agg")
     names |= dict(glyphs=SimpleNamespace(classes=data.GLYPHS),
                   teacher_logits={"weak": teacher(labels)}, train_labels=labels,
-                  views={"weak": labels},
-                  show=lambda ax, image: None)
+                  views={"weak": labels}, show=lambda ax, image: None)
     for cell in CODE[first:first + 2]:
         exec(cell.source, names)
         plt.close("all")

@@ -44,8 +44,8 @@ def test_every_command_runs(easy_glyphs, colors, color_teacher, command, tmp_pat
         for part, n in (("train", 1), ("test", 1 + 50 * (k == 0))):
             (tmp_path / f"cifar/{part}/{k:02d}").mkdir(parents=True)
             for i in range(n):
-                Image.new("RGB", (32, 32),
-                          (k, 50, i)).save(tmp_path / f"cifar/{part}/{k:02d}/{i}.png")
+                image = Image.new("RGB", (32, 32), (k, 50, i))
+                image.save(tmp_path / f"cifar/{part}/{k:02d}/{i}.png")
     constant_teacher("resnet56", 100, "cifar100_resnet56.pth")
     assert command(train, "--method", "ce", "--data-dir", easy_glyphs, "--student", "resnet14",
                    "--epochs", 3, "--lr", 0.1, "--batch-size", 16, "--run-dir",
@@ -66,8 +66,8 @@ def test_every_command_runs(easy_glyphs, colors, color_teacher, command, tmp_pat
         else:
             assert words[1:] == ["-m", "pytest"]
             continue
-        status, out, err = command(train if words[1] == "train.py" else evaluation, *words[2:],
-                                   *extra)
+        script = train if words[1] == "train.py" else evaluation
+        status, out, err = command(script, *words[2:], *extra)
         assert status == 0, (line, err)
         ran += 1
     assert ran >= 15
@@ -84,13 +84,15 @@ def test_what_the_text_says_of_the_recipes_is_what_their_logs_show():
     rows = evaluation.read_rows(ROOT / "results/recipes")
     twice = {name: evaluation.last_top1(row)[0]
              for name, row in evaluation.read_rows(ROOT / "results/recipes-twice").items()}
-    assert "three seeds show no difference between KD and SLD, and each is at most a point above a student alone" in README
+    assert ("three seeds show no difference between KD and SLD, and each is at most a point above "
+            "a student alone") in README
     mean, low, high = evaluation.difference(rows["3-sld"], rows["2-kd"])
-    assert low < 0 < high and all(0 < evaluation.difference(rows[name], rows["1-ce"])[0] < 1
-                                  for name in ("2-kd", "3-sld"))
-    assert "After twice the epochs the student alone is ahead of both" in README and max(twice,
-                                                                                         key=twice.get) == "1-ce"
-    # "No row gains three points"
+    assert low < 0 < high
+    assert all(0 < evaluation.difference(rows[name], rows["1-ce"])[0] < 1
+               for name in ("2-kd", "3-sld"))
+    assert "After twice the epochs the student alone is ahead of both" in README
+    assert max(twice, key=twice.get) == "1-ce"
+    # results/README.md: "No row gains three points".
     assert all(twice[name] - evaluation.last_top1(rows[name])[0] < 3 for name in rows)
 
 
@@ -99,16 +101,15 @@ def test_the_teachers_errors_are_those_of_the_notebook():
     cells = json.loads((ROOT / "analysis.ipynb").read_text(encoding="utf-8"))["cells"]
     shown = "".join(text for cell in cells for output in cell.get("outputs", [])
                     for text in output.get("text", []) if "the teacher errs on" in text)
-    assert re.findall(r"\d+\.\d", said) == re.findall(r"\d+\.\d",
-                                                      shown) and len(shown.splitlines()) == 3
+    assert re.findall(r"\d+\.\d", said) == re.findall(r"\d+\.\d", shown)
+    assert len(shown.splitlines()) == 3
 
 
 def test_the_rates_are_the_best_of_their_grids_and_inside_them():
-    """On validation images: mean of the last epoch over the seeds, for each method and for the
-    teacher."""
+    """On validation images: the last epoch, averaged over seeds, of each method and the teacher."""
     best = {}
     for folder in ("tuning", "tuning-teacher"):
-        for name, row in evaluation.read_rows(ROOT / "results" / folder).items():
+        for row in evaluation.read_rows(ROOT / "results" / folder).values():
             config = next(iter(row.values()))[0]
             assert config["evaluate"] == "val"
             mean = np.mean(list(evaluation.last_top1(row).values()))
@@ -128,8 +129,8 @@ def test_the_sample_output_is_that_of_the_committed_run():
 
 @pytest.mark.parametrize("titles", re.findall(r"<!-- benchmark: (.+?) -->", PAGES))
 def test_the_speeds_are_what_the_benchmark_wrote(titles):
-    in_readme = re.search(rf"<!-- benchmark: {titles} -->\n(.*?)\n<!-- end -->", PAGES,
-                          re.S).group(1)
+    found = re.search(rf"<!-- benchmark: {titles} -->\n(.*?)\n<!-- end -->", PAGES, re.S)
+    in_readme = found.group(1)
     report = json.loads((ROOT / "results/benchmark/cpu.json").read_text(encoding="utf-8"))
     assert in_readme == "\n\n".join(benchmark.render(report, title) for title in titles.split(", "))
 
