@@ -28,10 +28,12 @@ class UserError(ValueError):
 
 @dataclasses.dataclass
 class Dataset:
-    """train and test: (images, labels), train is None where only the test part was asked for; test
-    is the part that is measured, held out of the training images where evaluate="val".
-    classes: the C class names. mean, std: of RGB in [0, 1]. flip: whether a mirror image keeps its
-    class."""
+    """Two parts of (images, labels), and what the views need to know of them.
+
+    train: None where only the test part was asked for. test: the part that is measured; held out of
+    the training images where evaluate="val". classes: the C class names. mean, std: of RGB in
+    [0, 1]. flip: whether a mirror image keeps its class.
+    """
     train: tuple
     test: tuple
     classes: list
@@ -46,9 +48,11 @@ class Dataset:
 # take one magnitude for a whole batch, and some round differently from Pillow.
 
 def warp(images, matrix):
-    """Pillow's Image.transform(AFFINE, NEAREST), black fill. matrix (B, 6), float64, takes the
-    centre of an output pixel to the input: x' = a x + b y + c, y' = d x + e y + f. 16.16 fixed
-    point, as there."""
+    """Pillow's Image.transform(AFFINE, NEAREST), black fill, in 16.16 fixed point as there.
+
+    matrix (B, 6), float64, takes the centre of an output pixel to the input: x' = a x + b y + c,
+    y' = d x + e y + f.
+    """
     B, _, H, W = images.shape
     a, b, c, d, e, f = matrix.to(torch.float64).unbind(1)
     fixed = torch.stack([a, b, c + (a + b) / 2, d, e, f + (d + e) / 2], 1)
@@ -56,8 +60,8 @@ def warp(images, matrix):
     a, b, c, d, e, f = fixed[..., None, None].unbind(1)
     y, x = (torch.arange(n, dtype=torch.int32, device=images.device) for n in (H, W))
     x, y = x[None, None, :], y[None, :, None]
-    # Source column and row.
-    u, v = (a * x + b * y + c) >> 16, (d * x + e * y + f) >> 16                   # (B, H, W)
+    # The column and the row that each output pixel comes from.
+    u, v = (a * x + b * y + c) >> 16, (d * x + e * y + f) >> 16                          # (B, H, W)
     inside = (u >= 0) & (u < W) & (v >= 0) & (v < H)
     index = torch.where(inside, v * W + u, 0).long().view(B, 1, H * W).expand(-1, 3, -1)
     out = images.flatten(2).gather(2, index).view(B, 3, H, W)
@@ -86,7 +90,7 @@ def autocontrast(images, _):
     flat = images.flatten(2)
     low, high = (v[..., None].double() for v in (flat.amin(2), flat.amax(2)))            # (B, 3, 1)
     level = torch.arange(256, dtype=torch.float64, device=images.device)
-    # Not 255 / x, which torch computes as 255 * (1 / x).
+    # Not 255 / x: torch computes that as 255 * (1 / x), which rounds twice.
     scale = torch.full_like(low, 255) / (high - low).clamp(min=1)
     table = (level * scale - low * scale).trunc().clamp(0, 255)
     return _lookup(images, torch.where(high > low, table, level).byte())
@@ -192,10 +196,12 @@ def randaugment(images, ops, magnitudes):
 
 
 def cutout(images, side, centre):
-    """Grey square, clipped at the border. side (B,) and centre (B, 2), in pixels, CPU; the square's
-    corners are rounded as FixMatch and ImageDraw.rectangle do, both ends included."""
+    """A grey square, clipped at the border. side (B,) and centre (B, 2): in pixels, on the CPU.
+
+    Its corners are rounded as FixMatch and ImageDraw.rectangle do, both ends included.
+    """
     S = images.shape[-1]
-    start = (centre - side[:, None] / 2).clamp(min=0).floor()            # (B, 2) of (x, y)
+    start = (centre - side[:, None] / 2).clamp(min=0).floor()                     # (B, 2) of (x, y)
     stop = (start + side[:, None]).clamp(max=S).floor()
     at = torch.arange(S)
     x, y = ((at >= start[:, i, None]) & (at <= stop[:, i, None]) for i in (0, 1))        # (B, S)
@@ -205,8 +211,10 @@ def cutout(images, side, centre):
 
 
 def crop_and_flip(images, offset, mirror):
-    """The weak view: a crop of the image padded with zeros, then a mirror image. offset (B, 2) of
-    (x, y), in pixels from the unpadded corner; mirror (B,) bool."""
+    """The weak view: a crop of the image padded with zeros, then a mirror image.
+
+    offset (B, 2) of (x, y): in pixels from the unpadded corner. mirror (B,): bool.
+    """
     sign = 1. - 2. * mirror
     x = torch.where(mirror, images.shape[-1] + offset[:, 0], offset[:, 0])
     return warp(images, _affine(a=sign, c=x, f=offset[:, 1]))
@@ -214,7 +222,8 @@ def crop_and_flip(images, offset, mirror):
 
 def draw(n, size, flip, generator):
     """The random numbers for one view of n images, as CPU tensors."""
-    pad = size // 8                                                      # 4 pixels of 32
+    # 4 pixels of 32.
+    pad = size // 8
     return dict(
         offset=torch.randint(-pad, pad + 1, (n, 2), generator=generator),
         mirror=(torch.rand(n, generator=generator) < 0.5) & flip,
@@ -243,11 +252,12 @@ def normalize(images, mean, std):
 
 
 def batches(dataset, batch_size, views, seed, epoch):
-    """One epoch of (list of views, labels), shuffled; the tail is kept. views: "weak", or "both"
-    for weak and strong, with crop and flip drawn anew. A view: (B, 3, S, S) float32, normalised.
+    """One epoch of (list of views, labels), shuffled; the tail is kept.
 
-    Views are made for many batches at once, on the images' device: small batches would spend their
-    time starting operations."""
+    views: "weak", or "both" for weak and strong, with crop and flip drawn anew. A view: (B, 3, S,
+    S) float32, normalised. Views are made for many batches at once, on the images' device: small
+    batches would spend their time starting operations.
+    """
     images, labels = dataset.train
     n, size = len(images), images.shape[-1]
     generator = torch.Generator().manual_seed(1_000_003 * seed + epoch)
@@ -290,17 +300,19 @@ def _masks():
         for character in "".join(GLYPHS):
             canvas = Image.new("L", (48, 48))
             left, top, right, bottom = font.getbbox(character)
-            ImageDraw.Draw(canvas).text((24 - (left + right) / 2, 24 - (top + bottom) / 2),
-                                        character, 255, font)
+            corner = 24 - (left + right) / 2, 24 - (top + bottom) / 2
+            ImageDraw.Draw(canvas).text(corner, character, 255, font)
             masks.append(np.asarray(canvas))
     masks = torch.from_numpy(np.stack(masks)).float() / 255
     return masks.view(len(FONTS), -1, 48, 48)
 
 
 def render_glyphs(n, seed):
-    """n images (n, 3, S, S) uint8 and labels (n,): light characters at random font, colour,
-    rotation, shear, scale and place, on a darker gradient with fragments of other characters and
-    noise."""
+    """n images (n, 3, S, S) uint8 and their labels (n,).
+
+    Light characters at random font, colour, rotation, shear, scale and place, on a darker gradient
+    with fragments of other characters and noise.
+    """
     S, g = GLYPHS_SIZE, torch.Generator().manual_seed(seed)
     masks = _masks()
     first = torch.tensor([sum(map(len, GLYPHS[:k])) for k in range(len(GLYPHS))])
@@ -319,10 +331,10 @@ def render_glyphs(n, seed):
         inverse = torch.stack([torch.stack([cos, sin + shear * cos], 1) / zoom_x[:, None],
                                torch.stack([-sin, cos - shear * sin], 1) / zoom_y[:, None]], 1)
         shift = -(inverse @ torch.stack([x, y], 1)[..., None])
-        grid = F.affine_grid(torch.cat([inverse, shift], 2), (n, 1, 2 * S, 2 * S),
-                             align_corners=False)
-        cover = F.grid_sample(masks[font, character][:, None], grid, align_corners=False)
         # Drawn at twice the size, so that thin strokes do not break.
+        size, matrix = (n, 1, 2 * S, 2 * S), torch.cat([inverse, shift], 2)
+        grid = F.affine_grid(matrix, size, align_corners=False)
+        cover = F.grid_sample(masks[font, character][:, None], grid, align_corners=False)
         return F.avg_pool2d(cover, 2)
 
     labels = torch.randint(len(GLYPHS), (n,), generator=g)
@@ -330,8 +342,8 @@ def render_glyphs(n, seed):
     angle, side = uniform(0, 2 * math.pi, n), torch.linspace(-1, 1, S)
     y, x = torch.meshgrid(side, side, indexing="ij")
     along = 0.5 + 0.35 * (angle.cos()[:, None, None] * x + angle.sin()[:, None, None] * y)[:, None]
-    images = torch.lerp(uniform(0, 0.45, n, 3, 1, 1), uniform(0, 0.45, n, 3, 1, 1),
-                        along.clamp(0, 1))
+    start, end = uniform(0, 0.45, n, 3, 1, 1), uniform(0, 0.45, n, 3, 1, 1)
+    images = torch.lerp(start, end, along.clamp(0, 1))
     for _ in range(DISTRACTORS):
         other, angle = torch.randint(masks.shape[1], (n,), generator=g), uniform(0, 2 * math.pi, n)
         away = uniform(*AWAY, n)
@@ -351,7 +363,7 @@ CIFAR = {
     "cifar10": (10, (0.4914, 0.4822, 0.4465), (0.2470, 0.2435, 0.2616)),
     "cifar100": (100, (0.5071, 0.4867, 0.4408), (0.2675, 0.2565, 0.2761)),
 }
-# In pixels; a folder's can be chosen.
+# The side in pixels; that of a folder's images can be chosen.
 SIDES = {"glyphs": GLYPHS_SIZE, "cifar10": 32, "cifar100": 32, "folder": 64}
 DATASETS = tuple(SIDES)
 
@@ -396,7 +408,8 @@ def hold_out(dataset):
     """The Dataset that measures on a seeded tenth of its training images, at least one."""
     images, labels = dataset.train
     order = torch.randperm(len(labels), generator=torch.Generator().manual_seed(0))
-    val, train = order.split([max(1, len(order) // 10), len(order) - max(1, len(order) // 10)])
+    held = max(1, len(order) // 10)
+    val, train = order.split([held, len(order) - held])
     return dataclasses.replace(dataset, train=(images[train], labels[train]),
                                test=(images[val], labels[val]))
 
@@ -417,8 +430,8 @@ def _load_glyphs(root, train):
     try:
         with np.load(path) as cached:
             arrays = [torch.from_numpy(cached[name]) for name in names]
-    # Not there yet, or damaged.
     except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile):
+        # Not there yet, or damaged.
         print(f"rendering the glyphs data set into {path}", flush=True)
         arrays = [*render_glyphs(GLYPHS_TRAIN, seed=1), *render_glyphs(GLYPHS_TEST, seed=2)]
         root.mkdir(parents=True, exist_ok=True)
@@ -436,7 +449,7 @@ def _read_image(path, size):
     try:
         with Image.open(path) as image:
             image = ImageOps.exif_transpose(image)
-            # Of 16 bits: convert("RGB") would clip them to white.
+            # 16 bits, which convert("RGB") would clip to white.
             if image.mode.startswith("I"):
                 image = Image.fromarray((np.asarray(image).clip(0, 65535) // 256).astype(np.uint8))
             image = image.convert("RGB")
@@ -492,12 +505,11 @@ def _load_folder(root, image_size, train, statistics, expected):
     memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") if known else 2 ** 36
     if need > 0.7 * memory:
         raise UserError(f"--image-size {image_size}: the images need {need / 2 ** 30:.1f} GiB and "
-                        f"this machine has "
-                        f"{memory / 2 ** 30:.1f} GiB; give a smaller --image-size")
+                        f"this machine has {memory / 2 ** 30:.1f} GiB; give a smaller --image-size")
 
     def read(paths, labels):
         images = np.empty((len(paths), 3, image_size, image_size), np.uint8)
-        # Pillow decodes without the GIL.
+        # Threads are enough: Pillow decodes without the GIL.
         with warnings.catch_warnings(action="ignore"), ThreadPoolExecutor() as pool:
             for i, image in enumerate(pool.map(lambda path: _read_image(path, image_size), paths)):
                 images[i] = image.transpose(2, 0, 1)

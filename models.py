@@ -7,6 +7,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+
 def in_float32(layer, x):
     """layer(x) outside autocast: in bfloat16, more than one row in a hundred ties at the top."""
     with torch.autocast(x.device.type, enabled=False):
@@ -72,10 +73,12 @@ class ResNet(nn.Module):
 # --- ViT (Dosovitskiy et al., ICLR 2021) ---------------------------------------------------------
 
 class Block(nn.Module):
-    """Pre-norm transformer block, explicit so that attention can be read:
+    """A pre-norm transformer block, explicit so that attention can be read.
+
     nn.TransformerEncoderLayer hides it, and its fast path computes something else in eval mode than
-    in train mode; the backward pass of F.scaled_dot_product_attention in bfloat16 on a CPU takes
-    over half of a vit_nano's step."""
+    in train mode. The backward pass of F.scaled_dot_product_attention, in bfloat16 on a CPU, takes
+    over half of a vit_nano's step.
+    """
 
     def __init__(self, dim, heads):
         super().__init__()
@@ -91,7 +94,7 @@ class Block(nn.Module):
         B, N, D = x.shape
         qkv = self.qkv(x).view(B, N, 3, self.heads, D // self.heads)
         q, k, v = qkv.permute(2, 0, 3, 1, 4)                  # 3 of (B, heads, N, D/heads)
-        scores = q @ k.transpose(-2, -1) * q.shape[-1] ** -0.5                # (B, heads, N, N)
+        scores = q @ k.transpose(-2, -1) * q.shape[-1] ** -0.5  # (B, heads, N, N)
         out = scores.softmax(-1).to(v.dtype) @ v              # (B, heads, N, D/heads)
         return self.proj(out.transpose(1, 2).reshape(B, N, D))
 
@@ -101,17 +104,21 @@ class Block(nn.Module):
 
 
 def patch_size(image_size):
-    """The largest patch that divides the image, at most 16 pixels and at most an eighth of the side
-    or 4 pixels: 4 for 16 and 32 pixels, 8 for 64, 16 for 224."""
+    """The largest patch that divides the image: 4 for 16 and 32 pixels, 8 for 64, 16 for 224.
+
+    At most 16 pixels, and at most an eighth of the side or 4 pixels.
+    """
     if image_size % 8:
         raise ValueError(f"a ViT needs an image size that is a multiple of 8, not {image_size}")
     return max(p for p in range(1, 17) if image_size % p == 0 and p <= max(4, image_size // 8))
 
 
 def conv_stem(dim, patch):
-    """Strided 3x3 convolutions in place of the one big patch convolution (Xiao et al., "Early
-    Convolutions Help Transformers See Better", NeurIPS 2021).
-    (B, 3, H, W) -> (B, dim, H/patch, W/patch)."""
+    """(B, 3, H, W) -> (B, dim, H/patch, W/patch) by strided 3x3 convolutions.
+
+    They stand in place of the one big patch convolution (Xiao et al., "Early Convolutions Help
+    Transformers See Better", NeurIPS 2021).
+    """
     layers, channels = [], 3
     while patch % 2 == 0:
         layers += [nn.Conv2d(channels, dim, 3, 2, 1, bias=False), nn.BatchNorm2d(dim), nn.ReLU()]
@@ -154,7 +161,6 @@ class ViT(nn.Module):
 # --- The table of names --------------------------------------------------------------------------
 
 _NARROW, _WIDE = (16, 16, 32, 64), (32, 64, 128, 256)
-# Parameters with 100 classes, 32 px.
 MODELS = {
     "resnet8": (ResNet, dict(depth=8, widths=_NARROW)),
     "resnet14": (ResNet, dict(depth=14, widths=_NARROW)),

@@ -2,9 +2,8 @@
 
 That pipeline is written out plainly here: Pillow transforms in two DataLoader workers, float32, a
 teacher pass for each view, one KL call for each temperature, view and teacher, a host sync a step.
-The other side is train.py's own train_epoch.
-Both sides of a ratio are timed in turn in one process; figures are medians; a warm-up is left out.
-Let nothing else run.
+The other side is train.py's own train_epoch. Both sides of a ratio are timed in turn in one
+process; figures are medians; a warm-up is left out. Let nothing else run.
 """
 import argparse
 import contextlib
@@ -26,11 +25,11 @@ from torchvision.transforms import v2
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
 
-import data  # noqa: E402
-import losses  # noqa: E402
-import models  # noqa: E402
-import train  # noqa: E402
-from swap import swap  # noqa: E402
+import data
+import losses
+import models
+import train
+from swap import swap
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 TEMPERATURES = (1, 2, 3, 4, 5, 6)
@@ -69,8 +68,10 @@ def threads(n):
 # --- The reference --------------------------------------------------------------------------------
 
 def plain_loss(z_s, z_t, y, epoch=2, gamma=1):
-    """(S6) for one view, one KL call at a time. The swapped student carries gradient:
-    log_target, or it turns NaN."""
+    """(S6) for one view, one KL call at a time.
+
+    The swapped student carries gradient, which turns NaN without log_target.
+    """
     total = 0.1 * F.cross_entropy(z_s, y)
     for T in TEMPERATURES:
         total = total + 0.9 * T ** 2 * F.kl_div(F.log_softmax(z_s / T, 1),
@@ -160,8 +161,10 @@ def random_data(n, classes=100):
 
 
 class Ours:
-    """What train.run builds around train_epoch, on random images; epoch() is one epoch, past
-    gamma for sld."""
+    """What train.run builds around train_epoch, on random images.
+
+    epoch() is one epoch, past gamma for sld.
+    """
 
     def __init__(self, pair, images, *, amp=None, objective=None, channels_last=True,
                  teacher=lambda network: network, **settings):
@@ -217,9 +220,8 @@ def peak_memory(work):
 
 
 def loss_table():
-    rows = []
-    for batch, classes, repeats in ((64, 10, 200), (64, 100, 200), (256, 1000, 10),
-                                    (512, 21841, 2)):
+    rows, sizes = [], ((64, 10, 200), (64, 100, 200), (256, 1000, 10), (512, 21841, 2))
+    for batch, classes, repeats in sizes:
         z_s, z_t = (4 * torch.randn(batch, classes, device=DEVICE) for _ in range(2))
         y = torch.randint(classes, (batch,), device=DEVICE)
 
@@ -228,21 +230,29 @@ def loss_table():
             value = loss(x)
             value.backward()
             return value.detach(), x.grad
+
+        def our_loss(x):
+            return sum(losses.sld(x, z_t, y, epoch=2, gamma=1).values())
         works = {"plain": lambda: backward(lambda x: plain_loss(x, z_t, y)),
-                 "ours": lambda: backward(lambda x: sum(losses.sld(x, z_t, y, epoch=2,
-                                                                   gamma=1).values()))}
+                 "ours": lambda: backward(our_loss)}
         (value, gradient), (value_, gradient_) = (work() for work in works.values())
         with threads(1):
             memory = {name: peak_memory(work) for name, work in works.items()}
             taken = interleaved({name: lambda work=work: work() and None
                                  for name, work in works.items()}, repeats)
+        apart = (gradient - gradient_).abs().max()
         rows.append({"(B, C)": f"({batch}, {classes})", "plain, ms": 1e3 * taken["plain"],
                      "ours, ms": 1e3 * taken["ours"],
                      "times faster": taken["plain"] / taken["ours"],
                      "peak memory, ours / plain": memory["ours"] / memory["plain"],
-                     "largest difference of gradients":
-                     f"{(gradient - gradient_).abs().max():.0e}"})
+                     "largest difference of gradients": f"{apart:.0e}"})
     return rows
+
+
+def through(batches):
+    """Make them all, keep none."""
+    for _ in batches:
+        pass
 
 
 def views_table():
@@ -250,11 +260,9 @@ def views_table():
     for batch in (64, 256):
         with threads(1):
             plain = PillowViews([t.cpu() for t in pillow.train])
-            taken = interleaved({"plain": lambda: [None for _ in DataLoader(plain, batch,
-                                                                            shuffle=True)] and None,
-                                 "ours": lambda: [None
-                                                  for _ in data.batches(ours, batch, "both", 0, 1)]
-                                                  and None}, 5)
+            works = {"plain": lambda: through(DataLoader(plain, batch, shuffle=True)),
+                     "ours": lambda: through(data.batches(ours, batch, "both", 0, 1))}
+            taken = interleaved(works, 5)
         rate = {"plain": 512 / taken["plain"], "ours": 4096 / taken["ours"]}
         rows.append({"batch": batch, "Pillow, pairs/s and core": rate["plain"],
                      "ours, pairs/s and core": rate["ours"],
@@ -285,11 +293,11 @@ def epoch_table():
     for pair in PAIRS:
         ours = Ours(pair, images, method="sld")
         teacher, student = (models.create_model(name, 100).to(DEVICE) for name in pair)
+        teacher.eval().requires_grad_(False)
         optimizer = torch.optim.SGD(student.parameters(), 0.025, momentum=0.9, weight_decay=5e-4)
-        taken = interleaved({"plain": lambda: reference_epoch(loader,
-                                                              teacher.eval().requires_grad_(False),
-                                                              student, optimizer),
-                                                              "ours": ours.epoch}, 5)
+        works = {"plain": lambda: reference_epoch(loader, teacher, student, optimizer),
+                 "ours": ours.epoch}
+        taken = interleaved(works, 5)
         rate = {"plain": 64 / taken["plain"], "ours": len(images.train[1]) / taken["ours"]}
         rows.append({"teacher → student": " → ".join(pair), "plain, images/s": rate["plain"],
                      "train.py, images/s": rate["ours"],
@@ -318,29 +326,28 @@ class TwoPasses(torch.nn.Module):
 
 # What: (how to take it away, why the result stays).
 TRICKS = {
-    "mixed precision": (dict(amp=False),
-                        "loss, sums and weights stay in float32; its losses follow those of "
-                        "float32 (test_mixed_precision_follows_float32)"),
-    "channels_last": (dict(channels_last=False), "a memory layout; the numbers are the same"),
-    "one teacher pass for both views": (dict(teacher=TwoPasses),
-                                        "in eval mode no row of a batch touches another"),
-    "all temperatures in one computation, (S4) in closed form": (dict(objective=plain_objective),
-                                                                 "the same sum; the golden vectors "
-                                                                 "hold for both"),
+    "mixed precision": (
+        dict(amp=False), "loss, sums and weights stay in float32; its losses follow those of "
+                         "float32 (test_mixed_precision_follows_float32)"),
+    "channels_last": (
+        dict(channels_last=False), "a memory layout; the numbers are the same"),
+    "one teacher pass for both views": (
+        dict(teacher=TwoPasses), "in eval mode no row of a batch touches another"),
+    "all temperatures in one computation, (S4) in closed form": (
+        dict(objective=plain_objective), "the same sum; the golden vectors hold for both"),
 }
 
 
 def tricks_table():
     rows, images = [], random_data(64 * 10)
-    works = {pair: {"all": Ours(pair, images, method="sld")}
-             | {name: Ours(pair, images, method="sld", **without)
-                for name, (without, _) in TRICKS.items()} for pair in PAIRS}
-    taken = {pair: interleaved({name: ours.epoch for name, ours in group.items()}, 5)
-             for pair, group in works.items()}
+    variants = {"all": {}} | {name: without for name, (without, _) in TRICKS.items()}
+    works = {pair: {name: Ours(pair, images, method="sld", **without).epoch
+                    for name, without in variants.items()} for pair in PAIRS}
+    taken = {pair: interleaved(group, 5) for pair, group in works.items()}
     for name, (_, why) in TRICKS.items():
-        rows.append({"what": name}
-                    | {f"gain, {' → '.join(pair)}": taken[pair][name] / taken[pair]["all"]
-                       for pair in PAIRS} | {"why the result stays": why})
+        gains = {f"gain, {' → '.join(pair)}": taken[pair][name] / taken[pair]["all"]
+                 for pair in PAIRS}
+        rows.append({"what": name} | gains | {"why the result stays": why})
     vit, explicit = Ours(("resnet20", "vit_nano"), images, method="sld"), models.Block.attention
 
     def with_attention(function):
@@ -356,19 +363,22 @@ def tricks_table():
     return rows
 
 
+# What: (batch size, classes, images).
 GROWTH = {"batch 64, 100 classes, 6,400 images": (64, 100, 6400),
           "10 times the batch": (640, 100, 6400),
-          "10 times the classes": (64, 1000, 6400), "10 times the images": (64, 100, 64000)}
+          "10 times the classes": (64, 1000, 6400),
+          "10 times the images": (64, 100, 64000)}
 
 
 def peak_of_process():
     if DEVICE.type == "cuda":
         return torch.cuda.max_memory_allocated() / 2 ** 30
-    status = Path("/proc/self/status")
     # Not ru_maxrss, in which a child starts at its parent's peak.
+    status = Path("/proc/self/status")
     if status.exists():
-        return int(next(line for line in status.read_text().splitlines()
-                        if line.startswith("VmHWM")).split()[1]) / 2 ** 20
+        lines = status.read_text().splitlines()
+        peak = next(line for line in lines if line.startswith("VmHWM"))
+        return int(peak.split()[1]) / 2 ** 20
     return float("nan")
 
 
@@ -377,8 +387,8 @@ def growth_row(name):
     batch, classes, n = GROWTH[name]
     ours = Ours(PAIRS[0], random_data(n, classes), method="sld", batch_size=batch)
     everything = ours.images
+    # The warm-up is a shorter epoch.
     ours.images = dataclasses.replace(everything, train=tuple(t[:640] for t in everything.train))
-    # To warm up.
     ours.epoch()
     ours.images = everything
     return {"": name, "images/s": n / seconds(ours.epoch), "peak memory, GiB": peak_of_process()}
@@ -445,16 +455,15 @@ def main():
         print(json.dumps(growth_row(args.growth)))
         return
     start, e = time.perf_counter(), train.environment(DEVICE)
-    report = dict(header=f"{e['device_name']}, {e['threads']} threads, {e['system']}, Python "
-                         f"{e['python']}, PyTorch {e['torch']}, torchvision {e['torchvision']}, "
-                         f"{DEVICE.type}, commit {e['commit'] or 'unknown'}; medians, warm-up left "
-                         f"out", tables={})
-    print(report["header"], flush=True)
+    header = (f"{e['device_name']}, {e['threads']} threads, {e['system']}, Python {e['python']}, "
+              f"PyTorch {e['torch']}, torchvision {e['torchvision']}, {DEVICE.type}, "
+              f"commit {e['commit'] or 'unknown'}; medians, warm-up left out")
+    report = dict(header=header, tables={})
+    print(header, flush=True)
     for title, table in TABLES.items():
         if args.only is None or title.startswith(tuple(args.only)):
-            report["tables"][title] = table()
-            print("\n" + render(dict(tables={title: report["tables"][title]}), (title,)),
-                  flush=True)
+            report["tables"][title] = rows = table()
+            print("\n" + render(dict(tables={title: rows}), (title,)), flush=True)
     report["seconds"] = time.perf_counter() - start
     print(f"\n{report['seconds']:.0f} seconds")
     if args.json:

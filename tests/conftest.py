@@ -6,11 +6,10 @@ import pytest
 import torch
 from PIL import Image
 
-ROOT = Path(__file__).parent.parent
-sys.path.insert(0, str(ROOT))
+sys.path.insert(0, str(Path(__file__).parent.parent))
 
-import data  # noqa: E402
-import train  # noqa: E402
+import data
+import train
 
 
 def pytest_addoption(parser):
@@ -27,8 +26,7 @@ def own_folder_and_seed(tmp_path, monkeypatch):
 
 @pytest.fixture(scope="session")
 def colors(tmp_path_factory):
-    """An image folder that is learnt in a second: noisy red, green and blue, 16 px, 40 + 20 of
-    each."""
+    """An image folder learnt in a second: noisy red, green and blue, 16 px, 40 + 20 of each."""
     root, g = tmp_path_factory.mktemp("colors"), np.random.default_rng(0)
     for part, n in (("train", 40), ("val", 20)):
         for channel, name in enumerate(("red", "green", "blue")):
@@ -44,8 +42,9 @@ def colors(tmp_path_factory):
 def color_teacher(colors, tmp_path_factory):
     """A resnet8 trained on `colors`."""
     folder = tmp_path_factory.mktemp("runs") / "teacher"
-    train.run(train.Settings(method="ce", dataset="folder", data_dir=str(colors), image_size=16,
-                             student="resnet8", epochs=4, batch_size=16, device="cpu"), str(folder))
+    settings = train.Settings(method="ce", dataset="folder", data_dir=str(colors), image_size=16,
+                              student="resnet8", epochs=4, batch_size=16, device="cpu")
+    train.run(settings, str(folder))
     return folder / "last.pt"
 
 
@@ -63,11 +62,9 @@ def short(colors, color_teacher):
 
 @pytest.fixture
 def easy_glyphs(tmp_path, monkeypatch):
-    """A data folder of glyphs that are learnt in seconds: three characters, upright, no
-    distractors."""
+    """A data folder of glyphs learnt in seconds: three upright characters, no distractors."""
     easy = dict(GLYPHS=list("OTx"), GLYPHS_TRAIN=480, GLYPHS_TEST=200, ROTATION=0, JITTER=0.05,
-                DISTRACTORS=0, ZOOM=(1.1, 1.2),
-                CONTRAST=(1, 1), NOISE=(0, 0.02))
+                DISTRACTORS=0, ZOOM=(1.1, 1.2), CONTRAST=(1, 1), NOISE=(0, 0.02))
     for name, value in easy.items():
         monkeypatch.setattr(data, name, value)
     return tmp_path / "data"
@@ -75,8 +72,7 @@ def easy_glyphs(tmp_path, monkeypatch):
 
 @pytest.fixture
 def command(monkeypatch, capsys):
-    """Run a script's main() as from the command line: (exit status, standard output, standard
-    error)."""
+    """Run a script's main() as from the command line: (exit status, output, error output)."""
     def run(script, *arguments):
         monkeypatch.setattr(sys, "argv", [f"{script.__name__}.py", *map(str, arguments)])
         capsys.readouterr()

@@ -13,8 +13,8 @@ B = 150
 def images():
     """Smooth and noisy, bright and dark, and one flat image: (B, 3, 32, 32) uint8."""
     g = torch.Generator().manual_seed(0)
-    smooth = torch.nn.functional.interpolate(torch.rand(B, 3, 4, 4, generator=g), 32,
-                                             mode="bilinear")
+    coarse = torch.rand(B, 3, 4, 4, generator=g)
+    smooth = torch.nn.functional.interpolate(coarse, 32, mode="bilinear")
     images = 255 * smooth + 8 * torch.randn(B, 3, 32, 32, generator=g)
     images[::3] *= 0.3
     images[0] = 77
@@ -51,9 +51,8 @@ PILLOW = {
     "translate_y": affine(1, 0, 0, 0, 1, lambda v: 32 * v),
 }
 RANGES = dict(brightness=(.05, .95), color=(.05, .95), contrast=(.05, .95), sharpness=(.05, .95),
-              posterize=(4, 8), rotate=(-30, 30),
-              solarize=(0, 256), shear_x=(-.3, .3), shear_y=(-.3, .3), translate_x=(-.3, .3),
-              translate_y=(-.3, .3))
+              posterize=(4, 8), solarize=(0, 256), rotate=(-30, 30), shear_x=(-.3, .3),
+              shear_y=(-.3, .3), translate_x=(-.3, .3), translate_y=(-.3, .3))
 
 
 def test_the_operations_and_their_ranges_are_the_papers():
@@ -67,8 +66,8 @@ def test_each_operation_is_pillows(images, name):
     low, high, _ = data.OPS[name]
     u = torch.rand(B)
     ours = data.randaugment(images, torch.full((B,), list(data.OPS).index(name)), u)
-    theirs = from_pil([PILLOW[name](image, v)
-                       for image, v in zip(to_pil(images), (low + (high - low) * u).tolist())])
+    values = (low + (high - low) * u).tolist()
+    theirs = from_pil([PILLOW[name](image, v) for image, v in zip(to_pil(images), values)])
     assert torch.equal(ours, theirs)
     assert name == "identity" or not torch.equal(ours, images)
 
@@ -77,8 +76,8 @@ def test_mixed_operations_reach_their_own_images(images):
     ops, u = torch.randint(len(data.OPS), (B,)), torch.rand(B)
     together = data.randaugment(images, ops, u)
     for i in range(B):
-        assert torch.equal(together[i], data.randaugment(images[i:i + 1], ops[i:i + 1],
-                                                         u[i:i + 1])[0])
+        alone, = data.randaugment(images[i:i + 1], ops[i:i + 1], u[i:i + 1])
+        assert torch.equal(together[i], alone)
 
 
 def test_cutout_is_pillows_rectangle(images):
@@ -125,10 +124,8 @@ def test_an_epoch_holds_every_image_once_and_keeps_the_tail(images):
 
 def test_views_are_a_function_of_seed_and_epoch(images):
     def epoch(seed, epoch, views="both"):
-        return [torch.cat(v)
-                for v in zip(*(views
-                               for views, _ in data.batches(small(images), 64, views, seed,
-                                                            epoch)))]
+        batches = data.batches(small(images), 64, views, seed, epoch)
+        return [torch.cat(v) for v in zip(*(views for views, _ in batches))]
     assert all(map(torch.equal, epoch(3, 5), epoch(3, 5)))
     for other in ((3, 6), (4, 5)):
         assert not torch.equal(epoch(3, 5)[0], epoch(*other)[0])
@@ -139,10 +136,10 @@ def test_views_are_those_of_the_image_they_are_labelled_with(images):
     plain = data.normalize(images, (.5, .4, .3), (.2, .3, .1))
     for (weak,), labels in data.batches(small(images), 64, "weak", seed=0, epoch=1):
         for view, label in zip(weak, labels):
-            difference = [(view[:, 8:24, 8:24].flip(2) if flip
-                           else view[:, 8:24, 8:24]).sub(plain[label][:, y:y + 16,
-                                                                      x:x + 16]).abs().max()
-                          for flip in (False, True) for y in range(4, 13) for x in range(4, 13)]
+            middle = view[:, 8:24, 8:24]
+            difference = [(image - plain[label][:, y:y + 16, x:x + 16]).abs().max()
+                          for image in (middle, middle.flip(2))
+                          for y in range(4, 13) for x in range(4, 13)]
             assert min(difference) < 1e-6
 
 
@@ -159,9 +156,10 @@ def test_glyphs_are_seeded_balanced_and_light_on_dark():
     assert not torch.equal(images, data.render_glyphs(2000, seed=6)[0])
     assert len(data.GLYPHS) == 47 and len(set("".join(data.GLYPHS))) == len("".join(data.GLYPHS))
     assert torch.bincount(labels, minlength=47).min() > 15
-    centre, corner = images[:, :, 8:24, 8:24].float().mean(), images[:, :, ::31,
-                                                                     ::31].float().mean()
-    assert centre > corner
+    S = data.GLYPHS_SIZE
+    centre = images[:, :, S // 4:-S // 4, S // 4:-S // 4].float().mean()
+    corners = images[:, :, ::S - 1, ::S - 1].float().mean()
+    assert images.shape[2:] == (S, S) and centre > corners
 
 
 def test_the_glyphs_cache_is_used_and_mended(tmp_path, monkeypatch, capsys):
@@ -171,8 +169,8 @@ def test_the_glyphs_cache_is_used_and_mended(tmp_path, monkeypatch, capsys):
     assert "rendering" in capsys.readouterr().out
     second = data.load("glyphs", tmp_path)
     assert "rendering" not in capsys.readouterr().out
-    assert torch.equal(first.train[0], second.train[0]) and torch.equal(first.test[1],
-                                                                        second.test[1])
+    assert torch.equal(first.train[0], second.train[0])
+    assert torch.equal(first.test[1], second.test[1])
     assert len(first.train[1]) == 100 and len(first.test[1]) == 50 and not first.flip
     cache, = tmp_path.iterdir()
     cache.write_bytes(cache.read_bytes()[:1000])
@@ -206,18 +204,18 @@ def test_a_folder_of_any_modes_and_sizes(tmp_path):
     assert loaded.test[0][0].unique().tolist() == [255]
     scaled = loaded.train[0].double() / 255
     assert loaded.mean == pytest.approx(scaled.mean((0, 2, 3)).tolist())
-    assert loaded.std == pytest.approx(scaled.permute(1, 0, 2, 3).flatten(1).std(1,
-                                                                                 correction=0).tolist())
-    assert data.load("folder", root, 24, train=False,
-                     statistics=((0, 0, 0), (1, 1, 1))).train is None
+    std = scaled.permute(1, 0, 2, 3).flatten(1).std(1, correction=0)
+    assert loaded.std == pytest.approx(std.tolist())
+    given = (0, 0, 0), (1, 1, 1)
+    assert data.load("folder", root, 24, train=False, statistics=given).train is None
 
 
 def test_cifar_as_an_image_folder_has_the_published_statistics(tmp_path):
     folder(tmp_path, {f"{part}/{k}/0.png": Image.new("RGB", (32, 32), (k, 0, 0))
                       for part in ("train", "test") for k in range(10)})
     loaded = data.load("cifar10", tmp_path)
-    assert loaded.mean == (0.4914, 0.4822,
-                           0.4465) and loaded.train[1].tolist() == list(range(10)) and loaded.flip
+    assert loaded.mean == (0.4914, 0.4822, 0.4465)
+    assert loaded.train[1].tolist() == list(range(10)) and loaded.flip
 
 
 def test_cifar_through_torchvision(tmp_path, monkeypatch):

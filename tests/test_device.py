@@ -1,7 +1,9 @@
-"""Where each tensor lives, proven without a GPU: FakeTensorMode makes CUDA tensors that have a
-shape, a type and a device, but no numbers. A CPU tensor among them raises, and so does whatever
-would copy a number to the host.
-Backward passes and autocast do not work on them."""
+"""Where each tensor lives, proven without a GPU.
+
+FakeTensorMode makes CUDA tensors that have a shape, a type and a device, but no numbers. A CPU
+tensor among them raises, and so does whatever would copy a number to the host. Backward passes and
+autocast do not work on them.
+"""
 import pytest
 import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
@@ -20,25 +22,25 @@ def cuda():
     with FakeTensorMode(allow_non_fake_inputs=True):
         try:
             torch.zeros(3, device="cuda")[:, None]
-        # torch 2.6 asks for a driver where a tensor is indexed.
         except RuntimeError:
+            # torch 2.6 asks for a driver where a tensor is indexed.
             if tuple(map(int, torch.__version__.split(".")[:2])) < (2, 14):
-                pytest.skip(f"torch {torch.__version__} cannot index a fake CUDA tensor without a "
-                            f"GPU's driver")
+                pytest.skip(f"torch {torch.__version__} cannot index a fake CUDA tensor without "
+                            "a GPU's driver")
             raise
         yield torch.device("cuda")
 
 
 def network(name, device):
     with device, pytest.MonkeyPatch.context() as patch:
-        # It looks at numbers.
+        # It looks at numbers, and there are none.
         patch.setattr(torch.nn.init, "trunc_normal_", lambda tensor, **_: tensor)
         return create_model(name, C, S).requires_grad_(False)
 
 
 def batch(device):
-    return torch.randint(256, (B, 3, S, S), dtype=torch.uint8,
-                         device=device), torch.randint(C, (B,), device=device)
+    images = torch.randint(256, (B, 3, S, S), dtype=torch.uint8, device=device)
+    return images, torch.randint(C, (B,), device=device)
 
 
 def test_a_cpu_tensor_among_them_raises(cuda):
@@ -56,33 +58,32 @@ def test_a_network(cuda, name):
     assert logits.shape == (B, C) and logits.device.type == "cuda" and logits.dtype == torch.float32
 
 
-@pytest.mark.parametrize("options",
-                         [dict(method="ce"), dict(method="kd"), dict(method="sld", gamma=0),
-                          dict(method="sld", gamma=0, detach=True),
-                                     dict(method="sld", teacher_fix="add", omega=2.0),
-                                     dict(method="sld", teacher_fix="none")], ids=str)
+@pytest.mark.parametrize("options", [
+    dict(method="ce"), dict(method="kd"), dict(method="sld", gamma=0),
+    dict(method="sld", gamma=0, detach=True), dict(method="sld", teacher_fix="add", omega=2.0),
+    dict(method="sld", teacher_fix="none")], ids=str)
 def test_an_objective(cuda, options):
     z_s, z_t = torch.randn(2, B, C, device=cuda)
     objective = train.make_objective(train.resolve(train.Settings(**options)))
     terms = objective(z_s, z_t, batch(cuda)[1], 1)
-    assert {"ce"} <= set(terms) and all(term.shape == () and term.device.type == "cuda"
-                                        for term in terms.values())
+    assert {"ce"} <= set(terms)
+    assert all(term.shape == () and term.device.type == "cuda" for term in terms.values())
     wrong = losses.swap(z_s, batch(cuda)[1]), train.misclassified(z_s, batch(cuda)[1])
     assert all(each.device.type == "cuda" for each in wrong)
 
 
 def test_both_views(cuda, monkeypatch):
-    """The rows of each operation are chosen on the CPU, from numbers that a fake tensor has not:
-    rows 0 and 1 for all of them."""
+    """Rows 0 and 1 stand for those that each operation works on.
+
+    Really they are chosen on the CPU, from numbers that a fake tensor has not.
+    """
     def chosen(self):
         assert self.device.type == "cpu", "a copy to the host"
         return torch.arange(2)[:, None]
     monkeypatch.setattr(torch.Tensor, "nonzero", chosen)
-    parts = batch(cuda)
-    sizes = []
-    for views, target in data.batches(data.Dataset(parts, parts, list(map(str, range(C))),
-                                                   (.5, .5, .5), (.2, .2, .2), flip=True), 4,
-                                                   "both", 0, 1):
+    parts, sizes = batch(cuda), []
+    dataset = data.Dataset(parts, parts, list(map(str, range(C))), (.5, .5, .5), (.2, .2, .2), True)
+    for views, target in data.batches(dataset, 4, "both", 0, 1):
         assert [view.device.type for view in views] == ["cuda"] * 2 and target.device.type == "cuda"
         assert all(view.shape == (len(target), 3, S, S) and view.dtype == torch.float32
                    for view in views)

@@ -23,8 +23,8 @@ def test_measure_against_plain_python():
         cell = bins[min(14, math.ceil(max(p) * 15) - 1)]
         cell[0], cell[1], cell[2] = cell[0] + 1, cell[1] + max(p), cell[2] + (order[0] == label)
     ece = sum(abs(confidence - right) for _, confidence, right in bins) / 300
-    assert report == pytest.approx(dict(top1=right1 / 3, top5=right5 / 3, nll=nll / 300,
-                                        ece=100 * ece, n=300))
+    expected = dict(top1=right1 / 3, top5=right5 / 3, nll=nll / 300, ece=100 * ece, n=300)
+    assert report == pytest.approx(expected)
 
 
 def test_top5_of_fewer_classes_is_everything():
@@ -38,16 +38,16 @@ def test_inheritance_counts():
                       "teacher_errors_made": 2, "teacher_errors_avoided": 1}
 
 
-@pytest.mark.parametrize("wrap",
-                         [lambda s: s, lambda s: {"model": s},
-                          lambda s: {"state_dict": {f"module.{k}": v for k, v in s.items()}}],
-                         ids=["bare", "model", "state_dict with module."])
+@pytest.mark.parametrize("wrap", [
+    lambda s: s, lambda s: {"model": s},
+    lambda s: {"state_dict": {f"module.{k}": v for k, v in s.items()}}],
+    ids=["bare", "model", "state_dict with module."])
 def test_the_fields_checkpoint_forms_load(tmp_path, wrap):
     source = create_model("resnet8", 5)
     torch.save(wrap(source.state_dict()), tmp_path / "x.pt")
     loaded, _ = evaluation.load_model(tmp_path / "x.pt", "resnet8")
-    assert all(torch.equal(v, source.state_dict()[k])
-               for k, v in loaded.state_dict().items()) and not loaded.training
+    assert all(torch.equal(v, source.state_dict()[k]) for k, v in loaded.state_dict().items())
+    assert not loaded.training
 
 
 def test_a_foreign_checkpoint_is_measured_like_our_own(colors, color_teacher, tmp_path, command):
@@ -66,10 +66,9 @@ def test_a_foreign_checkpoint_is_measured_like_our_own(colors, color_teacher, tm
 def write_run(folder, accuracies, **config):
     folder.mkdir(parents=True)
     (folder / "config.json").write_text(json.dumps(dict(student="resnet8") | config))
-    (folder / "metrics.jsonl").write_text("".join(json.dumps({"epoch": i,
-                                                              config.get("evaluate", "test")
-                                                              + "_top1": a}) + "\n"
-                                                              for i, a in enumerate(accuracies, 1)))
+    top1 = config.get("evaluate", "test") + "_top1"
+    rows = [json.dumps({"epoch": i, top1: a}) + "\n" for i, a in enumerate(accuracies, 1)]
+    (folder / "metrics.jsonl").write_text("".join(rows))
 
 
 def cells(out):
@@ -93,9 +92,9 @@ def test_the_table_is_computed_from_the_logs(tmp_path, command):
          "no difference shown"],
         ["4-bad", "resnet8", "3", "1", "12.00", "12.00", "-48.00", "one seed: not known"]]
     status, out, _ = command(evaluation, "--table", tmp_path, "--against", "2-kd")
-    assert [row[6:] for row in cells(out)] == [["-21.00 (-27.57 to -14.43)", "worse"], ["-", "-"],
-                                               ["-0.33 (-4.13 to +3.46)", "no difference shown"],
-                                               ["-48.00", "one seed: not known"]]
+    assert [row[6:] for row in cells(out)] == [
+        ["-21.00 (-27.57 to -14.43)", "worse"], ["-", "-"],
+        ["-0.33 (-4.13 to +3.46)", "no difference shown"], ["-48.00", "one seed: not known"]]
     assert "difference to 2-kd" in out
     assert command(evaluation, "--table", tmp_path, "--against", "kd3")[0] == 2
 
@@ -125,7 +124,8 @@ def test_a_pickle_that_would_run_code_is_refused(tmp_path):
 
 @pytest.mark.parametrize("change, culprit", [
     (dict(lr=0.025), "2-kd mixes runs of different settings"),
-    (dict(seed=0), "second run of seed 0"), (dict(dataset="cifar10"), "different dataset"),
+    (dict(seed=0), "second run of seed 0"),
+    (dict(dataset="cifar10"), "different dataset"),
     (dict(student="resnet20"), "different student"),
     (dict(teacher="resnet56"), "different teacher"),
     (dict(digest="b"), "different teacher's digest"),
@@ -139,7 +139,7 @@ def test_the_table_refuses_to_mix_experiments(tmp_path, command, change, culprit
         write_run(tmp_path / row / f"seed{seed}", accuracies, **config)
         env = tmp_path / row / f"seed{seed}/env.json"
         env.write_text(json.dumps(dict(teacher_digest=digest)))
-    # The whole row is odd.
+    # With these the whole row is odd.
     if set(change) & {"dataset", "student", "teacher"}:
         path = tmp_path / "2-kd/seed0/config.json"
         path.write_text(json.dumps(json.loads(path.read_text()) | change))
@@ -167,8 +167,8 @@ def test_curves_show_what_the_logs_say(tmp_path, command, monkeypatch):
     assert marks == [("γ", 1.5), ("learning rate falls", 1.5), ("γ", 1.5),
                      ("learning rate falls", 1.5), ("learning rate falls", 2.5)]
     monkeypatch.chdir(tmp_path)
-    assert command(evaluation, "--plot", "a",
-                   "b")[0] == 0 and (tmp_path / "curves.png").read_bytes()[:4] == b"\x89PNG"
+    assert command(evaluation, "--plot", "a", "b")[0] == 0
+    assert (tmp_path / "curves.png").read_bytes()[:4] == b"\x89PNG"
     status, _, err = command(evaluation, "--plot", "c")
     assert status == 2 and err.startswith("eval.py: c: ") and err.count("\n") == 1
 

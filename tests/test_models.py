@@ -13,13 +13,10 @@ def test_forward_gives_logits_only(name):
     assert logits.shape == (2, 7) and logits.isfinite().all()
 
 
-@pytest.mark.parametrize("name, millions",
-                         [("resnet8", 0.08), ("resnet14", 0.18), ("resnet20", 0.28),
-                          ("resnet32", 0.47),
-                                            ("resnet44", 0.67), ("resnet56", 0.86),
-                                            ("resnet110", 1.74), ("resnet8x4", 1.23),
-                                            ("resnet32x4", 7.43), ("vit_nano", 0.25),
-                                            ("vit_tiny", 5.4), ("vit_small", 21.4)])
+@pytest.mark.parametrize("name, millions", [
+    ("resnet8", 0.08), ("resnet14", 0.18), ("resnet20", 0.28), ("resnet32", 0.47),
+    ("resnet44", 0.67), ("resnet56", 0.86), ("resnet110", 1.74), ("resnet8x4", 1.23),
+    ("resnet32x4", 7.43), ("vit_nano", 0.25), ("vit_tiny", 5.4), ("vit_small", 21.4)])
 def test_parameter_counts_are_the_fields(name, millions):
     count = sum(p.numel() for p in create_model(name, 100, 32).parameters()) / 1e6
     assert count == pytest.approx(millions, abs=0.006 if millions < 5 else 0.06)
@@ -28,9 +25,8 @@ def test_parameter_counts_are_the_fields(name, millions):
 def test_resnet_parameter_names_are_those_of_the_public_checkpoints():
     names = set(create_model("resnet20", 100).state_dict())
     assert {"conv1.weight", "bn1.running_mean", "layer1.0.conv1.weight", "layer1.2.bn2.bias",
-            "layer2.0.downsample.0.weight",
-            "layer2.0.downsample.1.running_var", "layer3.2.conv2.weight", "fc.weight",
-            "fc.bias"} <= names
+            "layer2.0.downsample.0.weight", "layer2.0.downsample.1.running_var",
+            "layer3.2.conv2.weight", "fc.weight", "fc.bias"} <= names
     assert "layer1.0.downsample.0.weight" not in names
 
 
@@ -55,9 +51,8 @@ def test_the_vit_block_is_pytorchs_pre_norm_layer():
         "self_attn.in_proj_weight": ours.qkv.weight, "self_attn.in_proj_bias": ours.qkv.bias,
         "self_attn.out_proj.weight": ours.proj.weight, "self_attn.out_proj.bias": ours.proj.bias,
         "norm1.weight": ours.norm1.weight, "norm1.bias": ours.norm1.bias,
-        "norm2.weight": ours.norm2.weight,
-        "norm2.bias": ours.norm2.bias, "linear1.weight": ours.fc1.weight,
-        "linear1.bias": ours.fc1.bias,
+        "norm2.weight": ours.norm2.weight, "norm2.bias": ours.norm2.bias,
+        "linear1.weight": ours.fc1.weight, "linear1.bias": ours.fc1.bias,
         "linear2.weight": ours.fc2.weight, "linear2.bias": ours.fc2.bias})
     x = torch.randn(3, 17, 32)
     torch.testing.assert_close(ours(x), theirs(x), rtol=1e-4, atol=1e-5)

@@ -44,8 +44,8 @@ def test_every_command_runs(easy_glyphs, colors, color_teacher, command, tmp_pat
         for part, n in (("train", 1), ("test", 1 + 50 * (k == 0))):
             (tmp_path / f"cifar/{part}/{k:02d}").mkdir(parents=True)
             for i in range(n):
-                Image.new("RGB", (32, 32),
-                          (k, 50, i)).save(tmp_path / f"cifar/{part}/{k:02d}/{i}.png")
+                image = Image.new("RGB", (32, 32), (k, 50, i))
+                image.save(tmp_path / f"cifar/{part}/{k:02d}/{i}.png")
     constant_teacher("resnet56", 100, "cifar100_resnet56.pth")
     assert command(train, "--method", "ce", "--data-dir", easy_glyphs, "--student", "resnet14",
                    "--epochs", 3, "--lr", 0.1, "--batch-size", 16, "--run-dir",
@@ -66,8 +66,8 @@ def test_every_command_runs(easy_glyphs, colors, color_teacher, command, tmp_pat
         else:
             assert words[1:] == ["-m", "pytest"]
             continue
-        status, out, err = command(train if words[1] == "train.py" else evaluation, *words[2:],
-                                   *extra)
+        script = train if words[1] == "train.py" else evaluation
+        status, out, err = command(script, *words[2:], *extra)
         assert status == 0, (line, err)
         ran += 1
     assert ran >= 15
@@ -85,8 +85,8 @@ def test_the_teachers_errors_are_those_of_the_notebook():
     cells = json.loads((ROOT / "analysis.ipynb").read_text(encoding="utf-8"))["cells"]
     shown = "".join(text for cell in cells for output in cell.get("outputs", [])
                     for text in output.get("text", []) if "the teacher errs on" in text)
-    assert re.findall(r"\d+\.\d", said) == re.findall(r"\d+\.\d",
-                                                      shown) and len(shown.splitlines()) == 3
+    assert re.findall(r"\d+\.\d", said) == re.findall(r"\d+\.\d", shown)
+    assert len(shown.splitlines()) == 3
 
 
 def test_the_rates_are_the_best_of_their_grids_and_inside_them():
@@ -112,8 +112,8 @@ def test_the_sample_output_is_that_of_the_committed_run():
 
 @pytest.mark.parametrize("titles", re.findall(r"<!-- benchmark: (.+?) -->", PAGES))
 def test_the_speeds_are_what_the_benchmark_wrote(titles):
-    in_readme = re.search(rf"<!-- benchmark: {titles} -->\n(.*?)\n<!-- end -->", PAGES,
-                          re.S).group(1)
+    found = re.search(rf"<!-- benchmark: {titles} -->\n(.*?)\n<!-- end -->", PAGES, re.S)
+    in_readme = found.group(1)
     report = json.loads((ROOT / "results/benchmark/cpu.json").read_text(encoding="utf-8"))
     assert in_readme == "\n\n".join(benchmark.render(report, title) for title in titles.split(", "))
 

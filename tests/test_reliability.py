@@ -1,8 +1,8 @@
 """What the README promises about runs that are killed, stopped, starved of disk, or started twice.
 
 The kills are real: child processes, SIGKILL at random moments, also within slowed-down writes.
-Three in the suite; as many as you like with  python -m pytest tests/test_reliability.py -k kill
---kills 50 -s
+Three in the suite; as many as you like with
+    python -m pytest tests/test_reliability.py -k kill --kills 50 -s
 """
 import errno
 import json
@@ -26,8 +26,7 @@ FOREVER = 60
 
 
 class SlowFile:
-    """Writes in four pieces with a pause after each: most of a run's time is then spent within a
-    write."""
+    """Writes in four pieces with a pause after each, so that most of a run's time is in a write."""
 
     def __init__(self, path, mode):
         self.file = open(path, mode)
@@ -50,8 +49,7 @@ class SlowFile:
 
 
 def child(folder, arguments, slow, limit):
-    """train.py's main() in a process of its own; what it prints goes to folder/out and
-    folder/err."""
+    """train.py's main() in a process of its own. It prints to folder/out and folder/err."""
     os.chdir(folder)
     sys.stdout, sys.stderr = open("out", "w"), open("err", "w")
     sys.argv = ["train.py", *arguments]
@@ -66,21 +64,23 @@ def child(folder, arguments, slow, limit):
 
 @pytest.fixture
 def start(tmp_path, colors, color_teacher):
-    """start(*arguments) -> a child training sld on `colors` in tmp_path/run, four epochs, two
-    with the student swap."""
+    """start(*arguments) -> a child that trains sld on `colors` in tmp_path/run.
+
+    Four epochs, two of them with the student swap.
+    """
     spawn = "forkserver" if "forkserver" in multiprocessing.get_all_start_methods() else "spawn"
     context = multiprocessing.get_context(spawn)
     if spawn == "forkserver":
         context.set_forkserver_preload(["torch", "torchvision", "matplotlib"])
-    fresh = ("--dataset", "folder", "--data-dir", colors, "--image-size", 16, "--student",
-             "resnet8", "--teacher", "resnet8", "--teacher-checkpoint",
-             color_teacher, "--epochs", 4, "--batch-size", 16, "--device", "cpu", "--run-dir",
-             "run")
+    fresh = ("--dataset", "folder", "--data-dir", colors, "--image-size", 16,
+             "--student", "resnet8", "--teacher", "resnet8", "--teacher-checkpoint", color_teacher,
+             "--epochs", 4, "--batch-size", 16, "--device", "cpu", "--run-dir", "run")
     children = []
 
     def begin(*arguments, folder=tmp_path, slow=True, limit=None):
-        arguments = [str(a) for a in (("--resume", "--run-dir", "run") if arguments == ("--resume",)
-                                      else (*fresh, *arguments))]
+        resume = arguments == ("--resume",)
+        arguments = ("--resume", "--run-dir", "run") if resume else (*fresh, *arguments)
+        arguments = [str(a) for a in arguments]
         process = context.Process(target=child, args=(folder, arguments, slow, limit))
         process.start()
         children.append(process)
@@ -148,8 +148,8 @@ def test_killed_at_any_moment_a_run_resumes_to_the_same_bits(start, tmp_path, re
         process.kill()
         process.join()
         left = found(folder / "run")
-        again = start(*(["--resume"] if (folder / "run/config.json").exists() else []),
-                      folder=folder)
+        begun = (folder / "run/config.json").exists()
+        again = start(*(["--resume"] if begun else []), folder=folder)
         assert finish(again) == 0, (folder / "err").read_text()
         assert_same(result(folder), whole)
         assert not list((folder / "run").glob("*.tmp"))
@@ -193,19 +193,17 @@ def one_line(folder, *culprits):
 
 @pytest.mark.skipif(os.name == "nt", reason="needs a limit on file sizes")
 def test_a_file_that_cannot_grow(start, tmp_path):
-    """A real refusal by the system: best.pt fits under the limit, last.pt with the optimiser
-    does not."""
+    """The system refuses: best.pt fits under the limit, last.pt with the optimiser does not."""
     process = start(limit=500_000)
     assert finish(process) == 2
     one_line(tmp_path, "run: cannot write epoch 1", "no epoch is saved")
-    assert sorted(path.name for path in (tmp_path / "run").iterdir()) == ["best.pt", "config.json",
-                                                                          "env.json", "lock"]
+    names = sorted(path.name for path in (tmp_path / "run").iterdir())
+    assert names == ["best.pt", "config.json", "env.json", "lock"]
     assert finish(start("--resume")) == 0
 
 
-@pytest.mark.parametrize("kind", [errno.ENOSPC, errno.EROFS, errno.EACCES, "deleted"],
-                         ids=["full disk", "read-only file system", "no permission",
-                              "deleted run folder"])
+@pytest.mark.parametrize("kind", [errno.ENOSPC, errno.EROFS, errno.EACCES, "deleted"], ids=[
+    "full disk", "read-only file system", "no permission", "deleted run folder"])
 @pytest.mark.parametrize("at", ["last.pt", "metrics.jsonl"])
 def test_a_disk_that_fails_in_mid_run(short, command, monkeypatch, tmp_path, kind, at):
     whole = train.run(short(), "whole")
@@ -278,13 +276,13 @@ def test_two_runs_that_need_the_same_teacher(short, colors, monkeypatch):
     arguments = dict(dataset="folder", data_dir=str(colors), image_size=16, teacher="resnet8",
                      student="resnet8", epochs=1, device="cpu")
     real, inside = train.train_epoch, []
+    message = "another process is training there; wait until it is done"
 
     def second_run(*a):
         # While the first one trains the teacher.
         if not inside:
             inside.append(True)
-            with pytest.raises(data.UserError,
-                               match="another process is training there; wait until it is done"):
+            with pytest.raises(data.UserError, match=message):
                 train.run(train.Settings(**arguments))
         return real(*a)
     monkeypatch.setattr(train, "train_epoch", second_run)

@@ -62,8 +62,8 @@ def test_swap_commutes_with_standardize():
 
 
 def test_inputs_stay_and_gradient_follows_the_exchange():
-    logits, target = torch.tensor([[1., 7., 3.], [5., 2., 1.]],
-                                  requires_grad=True), torch.tensor([2, 0])
+    logits = torch.tensor([[1., 7., 3.], [5., 2., 1.]], requires_grad=True)
+    target = torch.tensor([2, 0])
     before = logits.detach().clone()
     swap(logits, target).backward(torch.tensor([[10., 20., 30.], [1., 2., 3.]]))
     assert torch.equal(logits.detach(), before)

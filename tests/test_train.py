@@ -2,6 +2,7 @@
 import copy
 import dataclasses
 import json
+import os
 from pathlib import Path
 
 import pytest
@@ -16,15 +17,14 @@ from train import Settings, learning_rate, resolve, run
 
 def test_the_published_experiment_needs_no_further_flag():
     s = resolve(Settings(method="sld", dataset="cifar100", teacher="resnet56", student="resnet20"))
-    assert (s.epochs, s.batch_size, s.lr, s.weight_decay, s.optimizer,
-            s.schedule) == (240, 64, 0.025, 5e-4, "sgd", "step")
-    assert (s.views, s.temperatures, s.gamma, s.ce_weight, s.kd_weight) == ("both",
-                                                                            (1, 2, 3, 4, 5, 6), 150,
-                                                                            0.1, 0.9)
+    assert (s.epochs, s.batch_size, s.lr, s.weight_decay) == (240, 64, 0.025, 5e-4)
+    assert (s.optimizer, s.schedule, s.views) == ("sgd", "step", "both")
+    assert (s.temperatures, s.gamma) == ((1, 2, 3, 4, 5, 6), 150)
+    assert (s.ce_weight, s.kd_weight) == (0.1, 0.9)
     assert (s.teacher_fix, s.student_swap, s.detach, s.warmup) == ("swap", True, False, 0)
     kd = resolve(Settings(method="kd", dataset="cifar100"))
-    assert (kd.views, kd.temperatures, kd.lr, kd.ce_weight, kd.kd_weight,
-            kd.gamma) == ("weak", (4,), 0.05, 0.1, 0.9, None)
+    assert (kd.views, kd.temperatures, kd.lr, kd.gamma) == ("weak", (4,), 0.05, None)
+    assert (kd.ce_weight, kd.kd_weight) == (0.1, 0.9)
     ce = resolve(Settings(method="ce", dataset="cifar100"))
     assert (ce.views, ce.lr, ce.teacher, ce.kd_weight) == ("weak", 0.05, None, None)
     for method in ("dkd", "rld"):
@@ -63,14 +63,14 @@ def test_glyphs_has_tuned_rates_and_the_other_data_sets_the_published_ones():
 def test_a_vit_student_has_its_own_recipe():
     s = resolve(Settings(student="vit_nano"))
     assert (s.optimizer, s.schedule) == ("adamw", "cosine") and s.warmup > 0
-    assert resolve(Settings(student="vit_nano", optimizer="sgd",
-                            dataset="cifar100")).schedule == "step"
+    published = resolve(Settings(student="vit_nano", optimizer="sgd", dataset="cifar100"))
+    assert published.schedule == "step"
 
 
 def test_the_learning_rate_drops_after_150_180_210_of_240():
     s = resolve(Settings(dataset="cifar100"))
-    for epoch, factor in ((1, 1), (150, 1), (151, .1), (180, .1), (181, .01), (210, .01),
-                          (211, .001), (240, .001)):
+    factors = {1: 1, 150: 1, 151: .1, 180: .1, 181: .01, 210: .01, 211: .001, 240: .001}
+    for epoch, factor in factors.items():
         for within in (0.0006, 0.9994):
             assert learning_rate(s, epoch - 1 + within) == pytest.approx(0.025 * factor)
     short = resolve(Settings(dataset="cifar100", epochs=12))
@@ -103,10 +103,9 @@ def test_each_method_trains(short, method, change, names):
     assert last["loss"] == pytest.approx(sum(v for k, v in last.items() if k.startswith("loss_")))
     assert last["test_top1"] > 50 and last["best_top1"] == max(row["test_top1"] for row in history)
     assert ("swap_teacher_weak" in last) == (method != "ce")
-    assert ("swap_teacher_strong" in last) == (method != "ce"
-                                               and train.resolve(short(method=method,
-                                                                       **change)).views == "both")
-    # Gamma 2 of 4 epochs.
+    both = resolve(short(method=method, **change)).views == "both"
+    assert ("swap_teacher_strong" in last) == (method != "ce" and both)
+    # Gamma is 2, of 4 epochs.
     if method == "sld" and "gamma" not in change and "student_swap" not in change:
         assert ["loss_student" in row for row in history] == [False, False, True, True]
 
@@ -116,17 +115,15 @@ def test_a_run_folder_describes_itself(short):
     assert [json.loads(line) for line in open("run/metrics.jsonl")] == history
     config = json.load(open("run/config.json"))
     assert set(config) == {field.name for field in dataclasses.fields(Settings)}
-    assert config["gamma"] == 2 and config["temperatures"] == [1, 2, 3, 4, 5,
-                                                               6] and config["amp"] in (True, False)
-    assert {"torch", "python", "device", "commit",
-            "command"} <= set(json.load(open("run/env.json")))
+    assert config["gamma"] == 2 and config["temperatures"] == [1, 2, 3, 4, 5, 6]
+    assert config["amp"] in (True, False)
+    environment = json.load(open("run/env.json"))
+    assert {"torch", "python", "device", "commit", "command"} <= set(environment)
     for name in ("last.pt", "best.pt"):
         checkpoint = torch.load(f"run/{name}", weights_only=True)
         assert set(checkpoint["model"]) == set(train.create_model("resnet8", 3).state_dict())
-    import os
     assert sorted(os.listdir("run")) == ["best.pt", "config.json", "curves.png", "env.json",
-                                         "last.pt",
-                                         "lock", "metrics.jsonl"]
+                                         "last.pt", "lock", "metrics.jsonl"]
 
 
 def test_val_measures_on_a_tenth_that_is_not_trained_on(short, colors, command):
@@ -135,26 +132,24 @@ def test_val_measures_on_a_tenth_that_is_not_trained_on(short, colors, command):
     rows = {image.numpy().tobytes() for image in images}
     trained, measured = ({image.numpy().tobytes() for image in part[0]}
                          for part in (val.train, val.test))
-    assert trained | measured == rows and not trained & measured and (len(val.train[1]),
-                                                                      len(val.test[1])) == (108, 12)
+    assert trained | measured == rows and not trained & measured
+    assert (len(val.train[1]), len(val.test[1])) == (108, 12)
     history = run(short(evaluate="val"), "run")
-    assert {"val_top1", "val_top5",
-            "val_nll"} <= set(history[-1]) and not any(key.startswith("test_")
-                                                       for key in history[-1])
+    assert {"val_top1", "val_top5", "val_nll"} <= set(history[-1])
+    assert not any(key.startswith("test_") for key in history[-1])
     assert json.load(open("run/config.json"))["evaluate"] == "val"
     status, out, _ = command(train, "--resume", "--run-dir", "run")
-    assert status == 0
-    assert "108 training and 12 validation images" in out
-    assert " val% " in out
-    assert "(selected on val)" in out
+    assert status == 0 and "108 training and 12 validation images" in out
+    assert " val% " in out and "(selected on val)" in out
     status, _, err = command(train, "--resume", "--run-dir", "run", "--evaluate", "test")
     assert status == 2 and "--evaluate val -> test" in err
 
 
 def test_a_teacher_for_val_does_not_know_the_images_that_are_measured_on(colors, monkeypatch):
     monkeypatch.setitem(train.SIZES, "folder", train.SIZES["folder"] | dict(epochs=4))
-    run(Settings(dataset="folder", data_dir=str(colors), image_size=16, teacher="resnet8", epochs=1,
-                 evaluate="val"), "run")
+    settings = Settings(dataset="folder", data_dir=str(colors), image_size=16, teacher="resnet8",
+                        epochs=1, evaluate="val")
+    run(settings, "run")
     teacher, = data.Path("runs").glob("teacher-*-val-resnet8")
     assert json.loads((teacher / "config.json").read_text())["evaluate"] == "val"
 
@@ -183,8 +178,7 @@ def train_one_epoch(s, teacher, epoch=1):
 
 
 def test_an_epoch_is_the_plain_loop(short, color_teacher):
-    """The twenty lines a reader would write: S6 view by view, a teacher pass each, one kl call a
-    temperature."""
+    """The twenty lines a reader would write: (S6) for each view, a kl call for each temperature."""
     s = resolve(short(gamma=0, amp=False, lr=1e-3))
     teacher = evaluation.load_model(color_teacher)[0].requires_grad_(False)
     ours, sums = train_one_epoch(s, teacher)
@@ -230,8 +224,8 @@ def test_the_teacher_is_frozen_and_outside(short, color_teacher, monkeypatch, me
     file = color_teacher.read_bytes()
     run(short(method=method, amp=amp, epochs=2), "run")
     (teacher, before), = held
-    assert not teacher.training and before and all(torch.equal(v, before[k])
-                                                   for k, v in teacher.state_dict().items())
+    assert not teacher.training and before
+    assert all(torch.equal(v, before[k]) for k, v in teacher.state_dict().items())
     assert color_teacher.read_bytes() == file
     assert not any(p.requires_grad or p.grad is not None for p in teacher.parameters())
     checkpoint = torch.load("run/last.pt", weights_only=True)
@@ -256,17 +250,17 @@ def test_the_teacher_sees_the_very_tensors_that_the_student_sees(short, color_te
         train_one_epoch(s, teacher)
     # Weak first, then strong.
     pairs = [torch.cat(watched[i:i + 2]) for i in range(0, len(watched), 2)]
-    assert len(seen) == 4 and [len(x) for x in seen] == [64, 64, 64,
-                                                         48] and all(map(torch.equal, seen, pairs))
+    assert len(seen) == 4 and [len(x) for x in seen] == [64, 64, 64, 48]
+    assert all(map(torch.equal, seen, pairs))
     assert not torch.equal(watched[0], watched[1])
 
 
-@pytest.mark.parametrize("change", [dict(method="ce"), dict(method="kd"), dict(method="sld"),
-                                    dict(method="sld", student="vit_nano"),
-                                    dict(method="kd", optimizer="sgd", schedule="cosine"),
-                                    dict(method="ce", optimizer="adamw", schedule="step")],
-                         ids=["ce", "kd", "sld", "sld-adamw-cosine", "kd-sgd-cosine",
-                              "ce-adamw-step"])
+@pytest.mark.parametrize("change", [
+    dict(method="ce"), dict(method="kd"), dict(method="sld"),
+    dict(method="sld", student="vit_nano"),
+    dict(method="kd", optimizer="sgd", schedule="cosine"),
+    dict(method="ce", optimizer="adamw", schedule="step")],
+    ids=["ce", "kd", "sld", "sld-adamw-cosine", "kd-sgd-cosine", "ce-adamw-step"])
 # Gamma and the first drop of the rate come after epoch 2.
 @pytest.mark.parametrize("stop", [1, 2])
 def test_resume_is_exact(short, change, stop, monkeypatch):
@@ -313,7 +307,6 @@ def test_the_teacher_is_trained_first_and_then_cached(colors, command, monkeypat
     assert status == 0 and out.count("no resnet8 teacher") == 1 and "test top-1" in out
     status, out, _ = command(train, *arguments)
     assert status == 0 and "no resnet8 teacher" not in out
-    import os
     *runs, teacher = sorted(os.listdir("runs"))
     assert runs == ["folder-sld-resnet8-seed0", "folder-sld-resnet8-seed0-2"]
     assert teacher.startswith(f"teacher-{colors.name}-16px-") and teacher.endswith("-resnet8")
@@ -353,13 +346,13 @@ def test_a_vit_as_student_and_as_teacher(short, teacher, student):
     first = run(short(method="ce", student=teacher, batch_size=8), "teacher")
     history = run(short(teacher=teacher, student=student, teacher_checkpoint="teacher/last.pt",
                         batch_size=8), "run")
-    # Chance is 33.
+    # Chance is 33 %.
     assert first[-1]["test_top1"] > 50 and history[-1]["test_top1"] > 50
 
 
-@pytest.mark.parametrize("change",
-                         [dict(views="strong"), dict(method="mlkd"), dict(student="resnet9"),
-                          dict(temperatures=()), dict(gamma=8), dict(evaluate="train")])
+@pytest.mark.parametrize("change", [
+    dict(views="strong"), dict(method="mlkd"), dict(student="resnet9"), dict(temperatures=()),
+    dict(gamma=8), dict(evaluate="train")])
 def test_a_notebooks_mistakes_raise_one_line(change):
     with pytest.raises(data.UserError, match=next(iter(change))):
         resolve(Settings(**change))
@@ -396,8 +389,8 @@ def test_mixed_precision_follows_float32(short):
         mixed, exact = (run(short(seed=seed, amp=amp, lr=1e-3, epochs=3), f"{amp}{seed}")
                         for amp in (True, False))
         assert mixed != exact
-        assert [row["loss"] for row in mixed] == pytest.approx([row["loss"] for row in exact],
-                                                               rel=0.02)
+        expected = pytest.approx([row["loss"] for row in exact], rel=0.02)
+        assert [row["loss"] for row in mixed] == expected
 
 
 def scaled(scale):
@@ -409,9 +402,8 @@ def scaled(scale):
 def test_the_grad_scaler_changes_no_result(short, monkeypatch):
     plain = run(short(epochs=2, amp=False), "plain")
     monkeypatch.setattr(train, "mixed_precision", scaled(2.0 ** 10))
-    assert [row["loss"]
-            for row in run(short(epochs=2),
-                           "scaled")] == pytest.approx([row["loss"] for row in plain], rel=1e-5)
+    expected = pytest.approx([row["loss"] for row in plain], rel=1e-5)
+    assert [row["loss"] for row in run(short(epochs=2), "scaled")] == expected
 
 
 def test_skipped_steps_are_counted(short, monkeypatch):
@@ -448,5 +440,4 @@ def test_a_loss_that_is_not_finite_stops_the_run(short, monkeypatch, scale):
 def test_a_learning_rate_that_is_far_too_large(short):
     with pytest.raises(data.UserError, match="not finite"):
         run(short(method="ce", lr=1e36, batch_size=4), "run")
-    import os
     assert not os.path.exists("run/last.pt")
