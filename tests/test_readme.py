@@ -80,6 +80,22 @@ def test_the_tables_are_what_the_logs_give(what):
     assert in_readme == evaluation.table(ROOT / folder, *against)
 
 
+def test_what_the_text_says_of_the_recipes_is_what_their_logs_show():
+    rows = evaluation.read_rows(ROOT / "results/recipes")
+    assert "Both are ahead of a student alone" in README
+    assert all(evaluation.difference(rows[name], rows["1-ce"])[1] > 0 for name in ("2-kd", "3-sld"))
+    assert "three seeds show no difference between KD and SLD" in README
+    _, low, high = evaluation.difference(rows["3-sld"], rows["2-kd"])
+    assert low < 0 < high
+    once = {name: evaluation.last_top1(row)[0] for name, row in rows.items()}
+    twice = {name: evaluation.last_top1(row)[0]
+             for name, row in evaluation.read_rows(ROOT / "results/recipes-twice").items()}
+    said = re.search(r"The student alone gains (\S+) points, KD (\S+), SLD (\S+), and the order "
+                     "stays", " ".join(PAGES.split())).groups()
+    assert [f"{twice[name] - once[name]:.1f}" for name in rows] == list(said)
+    assert sorted(once, key=once.get) == sorted(twice, key=twice.get)
+
+
 def test_the_teachers_errors_are_those_of_the_notebook():
     said = re.search(r"it errs on .*?strong views \(.*?\)", PAGES, re.S).group()
     cells = json.loads((ROOT / "analysis.ipynb").read_text(encoding="utf-8"))["cells"]
@@ -105,9 +121,14 @@ def test_the_rates_are_the_best_of_their_grids_and_inside_them():
 
 
 def test_the_sample_output_is_that_of_the_committed_run():
-    sample = " ".join(re.search(r"epoch +lr .*?last epoch", README, re.S).group().split())
-    for row in evaluation.read_run(ROOT / "results/default-run/sld/seed0")[1]:
-        assert f"{row['train_top1']:.2f} {row['test_top1']:.2f} {row['best_top1']:.2f}" in sample
+    sample = re.search(r"```\n(teacher .*?)```", README, re.S).group(1)
+    _, rows = evaluation.read_run(ROOT / "results/default-run/sld/seed0")
+    lines = [line for line in sample.splitlines() if line.strip()[:1].isdigit()]
+    assert lines == [train.epoch_line(row, "test") for row in (rows[0], rows[-1])]
+    last = rows[-1]["test_top1"], rows[-1]["best_top1"]
+    assert f"last epoch {last[0]:.2f} %, best {last[1]:.2f} % (selected on test)" in sample
+    teacher = evaluation.read_run(ROOT / "results/default-run/teacher-resnet14/seed0")[1][-1]
+    assert f"{teacher['test_top1']:.2f} % test top-1" in sample
 
 
 @pytest.mark.parametrize("titles", re.findall(r"<!-- benchmark: (.+?) -->", PAGES))
