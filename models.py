@@ -7,6 +7,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+
 def in_float32(layer, x):
     """layer(x) outside autocast: in bfloat16, more than one row in a hundred ties at the top."""
     with torch.autocast(x.device.type, enabled=False):
