@@ -251,8 +251,9 @@ def normalize(images, mean, std):
     return (images / 255 - mean) / std
 
 
-def batches(dataset, batch_size, views, seed, epoch):
-    """One epoch of (list of views, labels), shuffled; the tail is kept.
+def batches(dataset, batch_size, views, seed, epoch, rank=0, world=1):
+    """One epoch of (list of views, labels), shuffled; the tail is kept. Of `world` processes,
+    number `rank` takes its share of each batch; where a tail has no row for it, the tail's first.
 
     views: "weak", or "both" for weak and strong, with crop and flip drawn anew. A view: (B, 3, S,
     S) float32, normalised. Views are made for many batches at once, on the images' device: small
@@ -263,6 +264,11 @@ def batches(dataset, batch_size, views, seed, epoch):
     generator = torch.Generator().manual_seed(1_000_003 * seed + epoch)
     order = torch.randperm(n, generator=generator)
     numbers = [draw(n, size, dataset.flip, generator) for _ in range(1 + (views == "both"))]
+    if world > 1:
+        mine, tail = torch.arange(n) % batch_size % world == rank, n % batch_size
+        mine[n - tail:n - tail + 1] |= rank >= tail
+        order, numbers = order[mine], [{k: v[mine] for k, v in view.items()} for view in numbers]
+        n, batch_size = len(order), len(range(rank, batch_size, world))
     at_once = (512 if images.device.type == "cpu" else 8192) * 32 ** 2 // size ** 2
     chunk = batch_size * max(1, at_once // batch_size)
     for start in range(0, n, chunk):

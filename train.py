@@ -21,12 +21,15 @@ import signal
 import subprocess
 import sys
 import time
+import warnings
 import zlib
 from pathlib import Path
 
 import filelock
 import torch
+import torch.distributed as dist
 import torchvision
+from torch.nn.parallel import DistributedDataParallel
 from tqdm import tqdm
 
 import losses
@@ -229,8 +232,10 @@ def make_objective(s):
 
 @dataclasses.dataclass
 class Learner:
-    """What a run works with: the networks on their device, and what moves the student."""
+    """What a run works with: the networks on their device, and what moves the student.
+    parallel: the student, under torchrun in DistributedDataParallel, which averages gradients."""
     student: torch.nn.Module
+    parallel: torch.nn.Module
     teacher: torch.nn.Module
     teacher_digest: str
     optimizer: torch.optim.Optimizer
@@ -244,16 +249,20 @@ def train_epoch(s, epoch, learner, data):
     means over the rows, shares in percent. s: resolved Settings. Raises UserError where the loss is
     not finite, before the student moves by it.
     """
-    student, teacher, scaler = learner.student, learner.teacher, learner.scaler
+    student, teacher, scaler = learner.parallel, learner.teacher, learner.scaler
     device, objective = next(student.parameters()).device, make_objective(s)
+    rank, world = process()
     n, start = len(data.train[1]), time.perf_counter()
     steps, sums, skipped = math.ceil(n / s.batch_size), {}, 0
     student.train()
-    bar = tqdm(batches(data, s.batch_size, s.views, s.seed, epoch), f"epoch {epoch}", steps,
-               leave=False, disable=None)
+    bar = tqdm(batches(data, s.batch_size, s.views, s.seed, epoch, rank, world), f"epoch {epoch}",
+               steps, leave=False, disable=True if rank else None)
     for step, (views, target) in enumerate(bar):
         views = [v.to(device, memory_format=torch.channels_last) for v in views]   # (B, 3, S, S)
         target = target.to(device)                                                 # (B,)
+        # Under torchrun this process has `rows` of the batch's `whole`.
+        whole = min(s.batch_size, n - step * s.batch_size)
+        rows = len(range(rank, whole, world))
         # In the middle of the step, so that a warm-up does not begin with a rate of 0.
         lr = learning_rate(s, epoch - 1 + (step + 0.5) / steps)
         for group in learner.optimizer.param_groups:
@@ -277,7 +286,8 @@ def train_epoch(s, epoch, learner, data):
             raise UserError(f"epoch {epoch}, step {step + 1} of {steps}, lr {lr:g}: the loss is "
                             f"not finite; try a smaller --lr{' or --no-amp' if s.amp else ''}")
         learner.optimizer.zero_grad()
-        scaler.scale(loss).backward()
+        # The processes' mean of these is the mean over the whole batch.
+        scaler.scale(loss * (rows * world / whole)).backward()
         scale = scaler.get_scale()
         scaler.step(learner.optimizer)
         scaler.update()
@@ -285,13 +295,18 @@ def train_epoch(s, epoch, learner, data):
         skipped += scaler.get_scale() < scale
         # --- The step ends ---
 
-        counted = {f"loss_{name}": term.detach() * len(target) for name, term in terms.items()}
+        counted = {f"loss_{name}": term.detach() * rows for name, term in terms.items()}
         for who, logits in (("student", z_s), ("teacher", z_t)):
             for view, z in zip(("weak", "strong"), logits):
                 if z is not None:
-                    counted[f"swap_{who}_{view}"] = misclassified(z.detach(), target).sum().float()
+                    wrong = misclassified(z.detach(), target)[:rows]
+                    counted[f"swap_{who}_{view}"] = wrong.sum().float()
         for name, value in zip(counted, torch.stack([*counted.values()]).tolist()):
             sums[name] = sums.get(name, 0) + value
+    if world > 1:
+        total = torch.tensor([*sums.values()], dtype=torch.float64, device=device)
+        dist.all_reduce(total)
+        sums = dict(zip(sums, total.tolist()))
     seconds = time.perf_counter() - start
     means = {name: value / n for name, value in sums.items()}
     # The student's misclassified rows on the weak view and, where there is one, on the strong.
@@ -313,6 +328,10 @@ def run(settings, run_dir=None, resume=False):
     Raises UserError for whatever the user can mend.
     """
     s, folder, saved = open_run(settings, run_dir, resume)
+    rank, world = process()
+    if world > 1:
+        # All have looked into the folder before the first writes there.
+        dist.barrier()
     device = pick_device(s.device)
     s = dataclasses.replace(s, amp=amp_by_default(device) if s.amp is None else s.amp)
     data = load(s.dataset, s.data_dir, s.image_size, evaluate=s.evaluate)
@@ -322,20 +341,30 @@ def run(settings, run_dir=None, resume=False):
     n = len(data.train[1])
     if s.batch_size > n:
         raise UserError(f"--batch-size {s.batch_size}: there are only {n} training images")
+    if s.batch_size < world:
+        raise UserError(f"--batch-size {s.batch_size}: less than one image for each of {world} "
+                        "processes; give a larger one, or fewer processes")
     teacher, digest = get_teacher(s, data, device) if s.teacher else (None, None)
 
     torch.manual_seed(s.seed)
     student = create_model(s.student, len(data.classes), s.image_size)
     student.to(device, memory_format=torch.channels_last)
     autocast, scaler = mixed_precision(device, s.amp)
-    learner = Learner(student, teacher, digest, make_optimizer(s, student), autocast, scaler)
+    parallel = student
+    if world > 1:
+        # Batch norm's statistics stay each process's own; those of the first are saved. The warning
+        # is of the keyword's new name, which older versions do not know.
+        with warnings.catch_warnings(action="ignore"):
+            parallel = DistributedDataParallel(student, broadcast_buffers=False)
+    optimizer = make_optimizer(s, student)
+    learner = Learner(student, parallel, teacher, digest, optimizer, autocast, scaler)
     history = []
     if saved:
         if saved["teacher_digest"] != digest:
             raise UserError(f"--resume: {folder} was trained with another teacher; give its "
                             "--teacher-checkpoint")
         student.load_state_dict(saved["model"])
-        learner.optimizer.load_state_dict(saved["optimizer"])
+        optimizer.load_state_dict(saved["optimizer"])
         # Empty from a run without float16.
         if saved["scaler"]:
             scaler.load_state_dict(saved["scaler"])
@@ -345,20 +374,25 @@ def run(settings, run_dir=None, resume=False):
           f"images, {len(data.classes)} classes, {s.image_size} px\n{in_words(s)}")
     half = str(autocast.fast_dtype).removeprefix("torch.")
     precision = f"mixed precision ({half})" if s.amp else "float32"
-    print(f"device    {device.type}, {precision}; run folder {folder}")
+    processes = f" in {world} processes" if world > 1 else ""
+    print(f"device    {device.type}{processes}, {precision}; run folder {folder}")
     by_default = settings.lr is None and s.optimizer == "sgd" and not resume
     if by_default and s.batch_size != COMMON["batch_size"]:
         scaled = s.lr * s.batch_size / COMMON["batch_size"]
         print(f"note      batch {s.batch_size} is not the recipe's {COMMON['batch_size']}; linear "
               f"scaling would give --lr {scaled:g} instead of {s.lr:g} (not applied)")
-    with lock(folder), explained(s, folder, history):
-        open_folder(folder, s, learner, resume)
+    with contextlib.nullcontext() if rank else lock(folder), explained(s, folder, history):
+        if rank == 0:
+            open_folder(folder, s, learner, resume)
         print("swap%     rows whose top class is not the label: of the teacher on weak (Tw) and "
               f"strong (Ts) views, of the student (S)\n\n{header(s.evaluate)}")
         for epoch in range(len(history) + 1, s.epochs + 1):
             row = train_epoch(s, epoch, learner, data)
             if not all(v.isfinite().all() for v in student.state_dict().values()):
                 raise UserError(f"epoch {epoch}: the weights are not finite; try a smaller --lr")
+            if rank:
+                history.append(row)
+                continue
             measured = measure(predict(student, data.test[0], data.mean, data.std), data.test[1])
             row |= {f"{s.evaluate}_{k}": measured[k] for k in ("top1", "top5", "nll")}
             row["best_top1"] = max([r["best_top1"] for r in history] + [measured["top1"]])
@@ -367,6 +401,8 @@ def run(settings, run_dir=None, resume=False):
             history.append(row)
             write_metrics(folder, history)
             print(epoch_line(row, s.evaluate), flush=True)
+        if rank:
+            return history
         # Here too: a run that was killed after its last checkpoint lacks a line.
         write_metrics(folder, history)
         curves = io.BytesIO()
@@ -533,13 +569,18 @@ def cached_teacher(s, data):
 
 # --- Device ---------------------------------------------------------------------------------------
 
+def process():
+    """(number of this process, number of all): (0, 1) but under torchrun."""
+    return (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
+
+
 def pick_device(name):
     there = dict(cpu=True, cuda=torch.cuda.is_available(), mps=torch.backends.mps.is_available())
     if name == "auto":
         name = next(kind for kind in ("cuda", "mps", "cpu") if there[kind])
     if not there[name]:
         raise UserError(f"--device {name}: not available here; leave the flag out or give cpu")
-    return torch.device(name)
+    return torch.device(name, torch.cuda.current_device() if name == "cuda" else None)
 
 
 def amp_by_default(device):
@@ -650,7 +691,9 @@ def explained(s, folder, history):
         safe = f"epoch {len(history)} is saved" if history else "no epoch was saved"
         raise UserError(f"{error}; {safe}")
     except KeyboardInterrupt as stop:
-        command = f"python train.py --resume --run-dir {shlex.quote(str(folder))}"
+        world = process()[1]
+        launch = f"torchrun --nproc-per-node {world}" if world > 1 else "python"
+        command = f"{launch} train.py --resume --run-dir {shlex.quote(str(folder))}"
         stop.add_note(f"{command} goes on after epoch {len(history)}")
         raise
     except OSError as error:
@@ -659,6 +702,12 @@ def explained(s, folder, history):
             safe = f"epoch {len(history)} is safe: --resume --run-dir {folder} goes on after it"
         raise UserError(f"{folder}: cannot write epoch {len(history) + 1} "
                         f"({error.strerror or error}); {safe}")
+    except RuntimeError:
+        # Of gloo or nccl, once a process of this run is gone.
+        if not dist.is_initialized():
+            raise
+        raise UserError(f"{folder}: another process of this run is gone; epoch {len(history)} is "
+                        "safe: --resume goes on after it")
 
 
 def environment(device):
@@ -680,11 +729,30 @@ def environment(device):
                 torchvision=torchvision.__version__, system=platform.system(),
                 machine=platform.machine(), device=device.type, device_name=name,
                 cpu_capability=torch.backends.cpu.get_cpu_capability(),
-                threads=torch.get_num_threads(), commit=commit or None,
+                threads=torch.get_num_threads(), processes=process()[1], commit=commit or None,
                 command=" ".join(["train.py", *sys.argv[1:]]))
 
 
 # --- The command line -----------------------------------------------------------------------------
+
+@contextlib.contextmanager
+def several_processes(device):
+    """Under torchrun: this process joins the others, with a GPU of its own where there are any.
+    Only the first one prints."""
+    if "WORLD_SIZE" not in os.environ or os.environ["WORLD_SIZE"] == "1":
+        yield
+        return
+    gpu = torch.cuda.is_available() and device != "cpu"
+    if gpu:
+        torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
+    dist.init_process_group("nccl" if gpu else "gloo")
+    try:
+        quiet = io.StringIO() if dist.get_rank() else sys.stdout
+        with contextlib.redirect_stdout(quiet):
+            yield
+    finally:
+        dist.destroy_process_group()
+
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__,
@@ -703,17 +771,24 @@ def main():
 
     # SIGTERM, with which clusters end a job, is then like Ctrl-C.
     signal.signal(signal.SIGTERM, signal.default_int_handler)
+    rank = int(os.environ.get("RANK", 0))
     try:
         given = vars(parser.parse_args())
         run_dir, resume = given.pop("run_dir"), given.pop("resume")
-        run(Settings(**given), run_dir, resume)
+        with several_processes(given["device"]):
+            run(Settings(**given), run_dir, resume)
     except UserError as error:
+        if rank:
+            # Most errors are everybody's; then the first says it, and torchrun ends the others.
+            time.sleep(3)
         parser.exit(2, f"train.py: {error}\n")
     except OSError as error:
         # A full disk, a folder without permission.
         where = error.filename or "the run folder"
         parser.exit(2, f"train.py: {where}: {error.strerror or error}\n")
     except KeyboardInterrupt as stop:
+        if rank:
+            sys.exit(130)
         note = getattr(stop, "__notes__", ["nothing was saved yet"])[0]
         parser.exit(130, f"\ntrain.py: interrupted; {note}\n")
 

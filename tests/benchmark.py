@@ -182,7 +182,7 @@ class Ours:
             for network in (student, frozen):
                 network.register_forward_pre_hook(lambda module, x: (x[0].contiguous(),))
         amp = train.amp_by_default(DEVICE) if amp is None else amp
-        self.learner = train.Learner(student, frozen if named else None, None,
+        self.learner = train.Learner(student, student, frozen if named else None, None,
                                      train.make_optimizer(self.s, student),
                                      *train.mixed_precision(DEVICE, amp))
         self.images, self.objective = images, objective

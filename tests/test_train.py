@@ -173,7 +173,7 @@ def train_one_epoch(s, teacher, epoch=1):
     optimizer = torch.optim.SGD(student.parameters(), s.lr, momentum=0.9,
                                 weight_decay=s.weight_decay)
     autocast, scaler = train.mixed_precision(torch.device("cpu"), on=False)
-    learner = train.Learner(student, teacher, None, optimizer, autocast, scaler)
+    learner = train.Learner(student, student, teacher, None, optimizer, autocast, scaler)
     return student, train.train_epoch(s, epoch, learner, loaded)
 
 
