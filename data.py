@@ -1,4 +1,5 @@
-"""The images: three data sets held in memory as uint8, and the weak and strong views of them.
+"""The images as uint8, in memory or, where they are photographs, mapped from one file on disk; and
+the weak and strong views of them.
 
 images: (N, 3, S, S) uint8 RGB; labels: (N,) int64. Every random draw of an epoch comes from one
 CPU generator that is a function of (seed, epoch), so the views are the same on every device,
@@ -10,29 +11,29 @@ import os
 import urllib.error
 import warnings
 import zipfile
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import matplotlib
 import numpy as np
 import torch
 import torch.nn.functional as F
-from PIL import Image, ImageDraw, ImageFont, ImageOps
+from PIL import Image, ImageDraw, ImageFont
 from torchvision import datasets
 from torchvision.transforms import v2
 
-
-class UserError(ValueError):
-    """Something the user can mend: one line that names the flag or file and says what to do."""
+import folders
+from folders import UserError
 
 
 @dataclasses.dataclass
 class Dataset:
     """Two parts of (images, labels), and what the views need to know of them.
 
-    train: None where only the test part was asked for. test: the part that is measured; held out of
-    the training images where evaluate="val". classes: the C class names. mean, std: of RGB in
-    [0, 1]. flip: whether a mirror image keeps its class.
+    train: None where only the test part was asked for. test: the part that is measured, at the size
+    that networks see; held out of the training images where evaluate="val". classes: the C class
+    names. mean, std: of RGB in [0, 1]. flip: whether a mirror image keeps its class. area: the
+    least share of a photograph that its random crop keeps; None for images that are padded and
+    cropped. digest: of the training files, where there are any.
     """
     train: tuple
     test: tuple
@@ -40,6 +41,8 @@ class Dataset:
     mean: tuple
     std: tuple
     flip: bool
+    area: float = None
+    digest: str = None
 
 
 # --- Views ----------------------------------------------------------------------------------------
@@ -220,12 +223,49 @@ def crop_and_flip(images, offset, mirror):
     return warp(images, _affine(a=sign, c=x, f=offset[:, 1]))
 
 
-def draw(n, size, flip, generator):
-    """The random numbers for one view of n images, as CPU tensors."""
+def resized_crop(images, box, mirror, size):
+    """The weak view of photographs: a box of each, resized to size x size, then a mirror image.
+
+    box (B, 4) of (x, y, width, height): in pixels. mirror (B,): bool. Bilinear, as torchvision's
+    resized_crop without antialias, which a shrinking by 8/7 at most does not need.
+    """
+    side = images.shape[-1]
+    start, extent = box.float().to(images.device).view(-1, 2, 2, 1).unbind(1)            # (B, 2, 1)
+    step = (torch.arange(size, device=images.device) + 0.5) / size
+    # Where each output column and row lies in the input; never beyond the box.
+    x, y = (start + (extent * step - 0.5).clamp(min=0).minimum(extent - 1)).unbind(1)    # (B, size)
+    x = torch.where(mirror.to(images.device)[:, None], x.flip(1), x)
+    grid = torch.stack(torch.broadcast_tensors(x[:, None, :], y[:, :, None]), 3)
+    grid = (2 * grid + 1) / side - 1
+    out = F.grid_sample(images.float(), grid, padding_mode="border", align_corners=False)
+    return out.round().byte()
+
+
+def draw_box(n, side, area, generator):
+    """(n, 4) of (x, y, width, height): a share from `area` to 1 of each photograph, 3:4 to 4:3.
+
+    As torchvision's RandomResizedCrop draws it: the first of ten tries that fits, or all of it.
+    """
+    share = area + (1 - area) * torch.rand(n, 10, generator=generator)
+    ratio = ((2 * torch.rand(n, 10, generator=generator) - 1) * math.log(4 / 3)).exp()
+    tries = (side * torch.stack([(share * ratio).sqrt(), (share / ratio).sqrt()], 2)).round()
+    fits = ((tries > 0) & (tries <= side)).all(2)                                        # (n, 10)
+    extent = tries[torch.arange(n), fits.byte().argmax(1)]                               # (n, 2)
+    extent[~fits.any(1)] = side
+    start = (torch.rand(n, 2, generator=generator) * (side - extent + 1)).floor()
+    return torch.cat([start, extent], 1)
+
+
+def draw(n, size, flip, generator, side=None, area=None):
+    """The random numbers for one view of n images, as CPU tensors.
+
+    side: that of photographs, as they are stored. area: as in Dataset.
+    """
     # 4 pixels of 32.
     pad = size // 8
-    return dict(
-        offset=torch.randint(-pad, pad + 1, (n, 2), generator=generator),
+    place = (dict(offset=torch.randint(-pad, pad + 1, (n, 2), generator=generator))
+             if area is None else dict(box=draw_box(n, side, area, generator)))
+    return place | dict(
         mirror=(torch.rand(n, generator=generator) < 0.5) & flip,
         ops=torch.randint(len(OPS), (n, 2), generator=generator),
         magnitudes=torch.rand(n, 2, generator=generator),
@@ -234,12 +274,14 @@ def draw(n, size, flip, generator):
     )
 
 
-def weak_view(images, numbers):
+def weak_view(images, numbers, size=None):
+    if "box" in numbers:
+        return resized_crop(images, numbers["box"], numbers["mirror"], size)
     return crop_and_flip(images, numbers["offset"], numbers["mirror"])
 
 
-def strong_view(images, numbers):
-    images = weak_view(images, numbers)
+def strong_view(images, numbers, size=None):
+    images = weak_view(images, numbers, size)
     for i in (0, 1):
         images = randaugment(images, numbers["ops"][:, i], numbers["magnitudes"][:, i])
     return cutout(images, numbers["side"], numbers["centre"])
@@ -251,33 +293,43 @@ def normalize(images, mean, std):
     return (images / 255 - mean) / std
 
 
-def batches(dataset, batch_size, views, seed, epoch, rank=0, world=1):
+def batches(dataset, batch_size, views, seed, epoch, rank=0, world=1, device=None):
     """One epoch of (list of views, labels), shuffled; the tail is kept. Of `world` processes,
     number `rank` takes its share of each batch; where a tail has no row for it, the tail's first.
 
     views: "weak", or "both" for weak and strong, with crop and flip drawn anew. A view: (B, 3, S,
-    S) float32, normalised. Views are made for many batches at once, on the images' device: small
-    batches would spend their time starting operations.
+    S) float32, normalised. device: where they are made; default: where the images are. Views of
+    small images are made for many batches at once: small batches would spend their time starting
+    operations. Those of large ones, on a CPU, are made few at a time, which stay in its cache.
     """
     images, labels = dataset.train
-    n, size = len(images), images.shape[-1]
+    n, size, device = len(images), dataset.test[0].shape[-1], device or images.device
     generator = torch.Generator().manual_seed(1_000_003 * seed + epoch)
     order = torch.randperm(n, generator=generator)
-    numbers = [draw(n, size, dataset.flip, generator) for _ in range(1 + (views == "both"))]
+    numbers = [draw(n, size, dataset.flip, generator, images.shape[-1], dataset.area)
+               for _ in range(1 + (views == "both"))]
     if world > 1:
         mine, tail = torch.arange(n) % batch_size % world == rank, n % batch_size
         mine[n - tail:n - tail + 1] |= rank >= tail
         order, numbers = order[mine], [{k: v[mine] for k, v in view.items()} for view in numbers]
         n, batch_size = len(order), len(range(rank, batch_size, world))
-    at_once = (512 if images.device.type == "cpu" else 8192) * 32 ** 2 // size ** 2
+    at_once = max(1, (512 if device.type == "cpu" else 8192) * 32 ** 2 // size ** 2)
     chunk = batch_size * max(1, at_once // batch_size)
+
+    def make(at):
+        """The views, normalised, of the images number `at` of this epoch, a slice."""
+        rows = images.index_select(0, order[at].to(images.device)).to(device)
+        drawn = [{k: v[at] for k, v in view.items()} for view in numbers]
+        return [normalize(view(rows, values, size), dataset.mean, dataset.std)
+                for view, values in zip((weak_view, strong_view), drawn)]
+
     for start in range(0, n, chunk):
-        rows = order[start:start + chunk].to(images.device)
-        part = [{k: v[start:start + chunk] for k, v in view.items()} for view in numbers]
-        made = [normalize(make(images[rows], drawn), dataset.mean, dataset.std)
-                for make, drawn in zip((weak_view, strong_view), part)]
-        for at in range(0, len(rows), batch_size):
-            yield [view[at:at + batch_size] for view in made], labels[rows[at:at + batch_size]]
+        stop = min(start + chunk, n)
+        made = [make(slice(at, min(at + at_once, stop))) for at in range(start, stop, at_once)]
+        made = [torch.cat(pieces) for pieces in zip(*made)]
+        target = labels[order[start:stop].to(labels.device)].to(device)
+        for at in range(0, stop - start, batch_size):
+            yield [view[at:at + batch_size] for view in made], target[at:at + batch_size]
 
 
 # --- glyphs: the embedded default -----------------------------------------------------------------
@@ -369,33 +421,33 @@ CIFAR = {
     "cifar10": (10, (0.4914, 0.4822, 0.4465), (0.2470, 0.2435, 0.2616)),
     "cifar100": (100, (0.5071, 0.4867, 0.4408), (0.2675, 0.2565, 0.2761)),
 }
-# The side in pixels; that of a folder's images can be chosen.
-SIDES = {"glyphs": GLYPHS_SIZE, "cifar10": 32, "cifar100": 32, "folder": 64}
+IMAGENET = (1000, (0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
+# The side in pixels; that of photographs can be chosen.
+SIDES = {"glyphs": GLYPHS_SIZE, "cifar10": 32, "cifar100": 32, "folder": 64, "imagenet": 224}
 DATASETS = tuple(SIDES)
+# Sets of photographs, and Dataset.area of each.
+AREAS = {"folder": 0.35, "imagenet": 0.08}
 
 
-def load(name, data_dir="data", image_size=None, train=True, statistics=None, evaluate="test"):
+def load(name, data_dir="data", image_size=None, train=True, evaluate="test"):
     """The data set as a Dataset on the CPU.
 
-    name: one of DATASETS. data_dir: the folder of images for "folder", else where the set is
-    cached, or stands as an image folder. image_size: side in pixels, for "folder" (64). train=False
-    leaves the training part out. statistics: (mean, std) to use instead of the data set's own.
-    evaluate="val" puts a tenth of the training images, which then is not trained on, in place of
-    the test part.
+    name: one of DATASETS. data_dir: the folder of images for "folder" and "imagenet", else where
+    the set is cached, or stands as an image folder. image_size: side in pixels, for photographs
+    (64 and 224). train=False leaves the training part out. evaluate="val" puts a tenth of the
+    training images, which then is not trained on, in place of the test part.
     Raises UserError for whatever the user can mend.
     """
     if evaluate == "val":
-        return hold_out(load(name, data_dir, image_size, statistics=statistics))
+        return hold_out(load(name, data_dir, image_size))
     root = Path(data_dir)
-    if name != "folder" and image_size not in (None, SIDES[name]):
+    if name not in AREAS and image_size not in (None, SIDES[name]):
         raise UserError(f"--image-size {image_size}: {name} has {SIDES[name]}-pixel images; leave "
                         "the flag out")
     if name == "glyphs":
         return _load_glyphs(root, train)
-    if name == "folder" or (root / "train").is_dir() and (root / "test").is_dir():
-        expected = CIFAR[name][0] if name in CIFAR else None
-        statistics = CIFAR[name][1:] if name in CIFAR else statistics
-        return _load_folder(root, image_size or SIDES[name], train, statistics, expected)
+    if name in AREAS or (root / "train").is_dir() and (root / "test").is_dir():
+        return _load_folder(name, root, image_size or SIDES[name], train)
     try:
         with warnings.catch_warnings(action="ignore"):
             parts = [getattr(datasets, name.upper())(root, train=part, download=True)
@@ -413,9 +465,13 @@ def load(name, data_dir="data", image_size=None, train=True, statistics=None, ev
 def hold_out(dataset):
     """The Dataset that measures on a seeded tenth of its training images, at least one."""
     images, labels = dataset.train
+    n = max(1, len(labels) // 10)
+    if dataset.area is not None:
+        # Too large to be copied, and stored in such an order already.
+        val = centre(images[:n], dataset.test[0].shape[-1]), labels[:n]
+        return dataclasses.replace(dataset, train=(images[n:], labels[n:]), test=val)
     order = torch.randperm(len(labels), generator=torch.Generator().manual_seed(0))
-    held = max(1, len(order) // 10)
-    val, train = order.split([held, len(order) - held])
+    val, train = order.split([n, len(order) - n])
     return dataclasses.replace(dataset, train=(images[train], labels[train]),
                                test=(images[val], labels[val]))
 
@@ -450,77 +506,48 @@ def _load_glyphs(root, train):
                    flip=False)
 
 
-def _read_image(path, size):
-    """(size, size, 3) uint8 of an image file: first frame, upright, 8 bits, squeezed square."""
-    try:
-        with Image.open(path) as image:
-            image = ImageOps.exif_transpose(image)
-            # 16 bits, which convert("RGB") would clip to white.
-            if image.mode.startswith("I"):
-                image = Image.fromarray((np.asarray(image).clip(0, 65535) // 256).astype(np.uint8))
-            image = image.convert("RGB")
-            if image.size != (size, size):
-                image = image.resize((size, size), Image.Resampling.BICUBIC)
-            return np.array(image)
-    except (OSError, ValueError, SyntaxError, EOFError, Image.DecompressionBombError) as error:
-        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
-        raise UserError(f"{path}: not a readable image ({reason}); mend or remove it")
+def stored_side(size):
+    """That of photographs which networks see at `size` pixels: 256 for 224."""
+    return round(size * 8 / 7)
 
 
-def _scan(folder, classes=None):
-    """(paths, labels, classes) of an image folder; classes fixes the label order."""
-    Image.init()
-    endings = tuple(end for end, form in Image.registered_extensions().items()
-                    if form in Image.OPEN)
-    try:
-        found = datasets.DatasetFolder(folder, loader=None, extensions=endings)
-    except FileNotFoundError as error:
-        reason = str(error).split(" Supported extensions")[0].rstrip(".")
-        raise UserError(f"{folder}: {reason}; every class needs a folder with at least one image")
-    except OSError as error:
-        raise UserError(f"{folder}: cannot be read ({error.strerror})")
-    extra = sorted(set(found.classes) - set(classes or found.classes))
-    if extra:
-        raise UserError(f"{folder}: class {extra[0]!r} has no folder in the training part")
-    label = {name: i for i, name in enumerate(classes or found.classes)}
-    return ([path for path, _ in found.samples],
-            [label[found.classes[k]] for _, k in found.samples],
-            classes or found.classes)
+def centre(images, size):
+    """The test view of photographs (N, 3, side, side): not a copy."""
+    at = (images.shape[-1] - size) // 2
+    return images[:, :, at:at + size, at:at + size]
 
 
-def _load_folder(root, image_size, train, statistics, expected):
+def _load_folder(name, root, image_size, train):
+    expected, mean, std = CIFAR.get(name, IMAGENET)
+    if root.is_file():
+        raise UserError(f"--data-dir {root}: a file, not a folder; an archive has to be unpacked")
     if not root.is_dir():
         raise UserError(f"--data-dir {root}: no such folder; it should hold train/<class>/ and "
                         "val/<class>/ or test/<class>/")
     test_folder = next((root / part for part in ("val", "test") if (root / part).is_dir()), None)
-    if not (root / "train").is_dir() or test_folder is None:
+    train_folder = root / "train" if train or (root / "train").is_dir() else test_folder
+    if test_folder is None or not train_folder.is_dir():
         raise UserError(f"--data-dir {root}: should hold train/<class>/ and val/<class>/ or "
                         "test/<class>/")
-    train_paths, train_labels, classes = _scan(root / "train")
-    if expected not in (None, len(classes)):
-        raise UserError(f"--data-dir {root}: {len(classes)} classes in train/, where the data set "
-                        f"has {expected}")
+    classes = folders.class_names(train_folder)
+    if name != "folder" and len(classes) != expected:
+        raise UserError(f"--data-dir {root}: {len(classes)} classes in {train_folder.name}/, where "
+                        f"{name} has {expected}")
     if len(classes) < 2:
-        raise UserError(f"{root / 'train'}: only one class, {classes[0]!r}; a classifier needs "
-                        "at least 2")
-    test_paths, test_labels, _ = _scan(test_folder, classes)
+        raise UserError(f"{train_folder}: has the classes {classes}; a classifier needs at least 2")
+    test_paths, test_labels = folders.scan(test_folder, classes)
 
-    train = train or statistics is None
-    need = (len(test_paths) + (len(train_paths) if train else 0)) * 3 * image_size ** 2
-    known = hasattr(os, "sysconf")
-    memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") if known else 2 ** 36
-    if need > 0.7 * memory:
-        raise UserError(f"--image-size {image_size}: the images need {need / 2 ** 30:.1f} GiB and "
-                        f"this machine has {memory / 2 ** 30:.1f} GiB; give a smaller --image-size")
-
-    def read(paths, labels):
-        images = np.empty((len(paths), 3, image_size, image_size), np.uint8)
-        # Threads are enough: Pillow decodes without the GIL.
-        with warnings.catch_warnings(action="ignore"), ThreadPoolExecutor() as pool:
-            for i, image in enumerate(pool.map(lambda path: _read_image(path, image_size), paths)):
-                images[i] = image.transpose(2, 0, 1)
-        return torch.from_numpy(images), torch.tensor(labels)
-
-    train_part = read(train_paths, train_labels) if train else None
-    mean, std = statistics or _statistics(train_part[0])
-    return Dataset(train_part, read(test_paths, test_labels), classes, mean, std, flip=True)
+    side = stored_side(image_size) if name in AREAS else image_size
+    train_part = digest = None
+    if train:
+        paths, labels = folders.scan(train_folder, classes)
+        digest = folders.digest(train_folder, paths, side)
+        if name in AREAS:
+            # In a random order, of which hold_out takes the head.
+            order = torch.randperm(len(paths), generator=torch.Generator().manual_seed(0))
+            paths, labels = [paths[i] for i in order], labels[order]
+        train_part = folders.decoded(train_folder, paths, side, digest), labels
+    test = folders.decoded(test_folder, test_paths, side,
+                           folders.digest(test_folder, test_paths, side))
+    return Dataset(train_part, (centre(test, image_size), test_labels), classes, mean, std,
+                   flip=True, area=AREAS.get(name), digest=digest)

@@ -1,40 +1,51 @@
 """Measure a classifier:  python eval.py CHECKPOINT;  make a table:  python eval.py --table DIR
 
 A checkpoint of train.py needs no other flag. A foreign one needs --model, --dataset and --data-dir.
-Everything is measured in float32 on the test part, so the numbers are those of a CPU run's log.
+The name of a torchvision network in its place stands for the published one; --data-dir holds
+ImageNet. Everything is measured in float32 on the test part, so on a CPU the numbers are those of a
+CPU run's log.
 """
 import argparse
+import contextlib
 import itertools
 import json
 import math
 import pickle
+import sys
 import warnings
 from pathlib import Path
 
 import torch
 import torch.nn.functional as F
+import torchvision
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 
-from data import DATASETS, UserError, load, normalize
-from models import MODELS, create_model
+from data import AREAS, DATASETS, UserError, centre, load, normalize, stored_side
+from folders import read_image
+from models import MODELS, TORCHVISION, check_name, check_size, create_model
 
 
-def load_model(path, name=None, data=None):
-    """(network in eval mode, checkpoint dict) from a file of train.py, or a foreign state dict:
-    bare, or under "model" or "state_dict", with or without "module." before each name.
+def read_checkpoint(path):
+    """What torch.load gives, of tensors and plain types only. Raises UserError where it cannot.
 
-    name: the architecture; needed for a foreign file. data: a Dataset that the network has to fit:
-    its classes, and for a ViT its image size. Only tensors and plain types are unpickled. Raises
-    UserError for a file that is missing, damaged, no checkpoint, or of another network or data.
+    path: a file, or the name of a torchvision network: the published one, as train.py saves it.
     """
-    path = Path(path)
+    if not path.is_file() and str(path) in TORCHVISION:
+        preset = torchvision.models.get_model_weights(str(path)).DEFAULT.transforms()
+        size = preset.crop_size[0]
+        try:
+            model = create_model(str(path), 1000, size, pretrained=True)
+        except ValueError as error:
+            raise UserError(str(error))
+        return dict(architecture=str(path), image_size=size, dataset="imagenet",
+                    mean=tuple(preset.mean), std=tuple(preset.std), model=model.state_dict())
     if not path.is_file():
-        raise UserError(f"{path}: no such checkpoint")
+        raise UserError(f"{path}: no such checkpoint, nor a network of torchvision.models")
     try:
         # The warning is of another pickle protocol: the file loads, or is refused below.
         with warnings.catch_warnings(action="ignore"):
-            checkpoint = torch.load(path, map_location="cpu", weights_only=True)
+            return torch.load(path, map_location="cpu", weights_only=True)
     except pickle.UnpicklingError:
         raise UserError(f"{path}: not a PyTorch checkpoint of tensors and plain types; it was not "
                         "loaded")
@@ -42,6 +53,19 @@ def load_model(path, name=None, data=None):
         # A damaged file can raise nearly anything.
         raise UserError(f"{path}: not a PyTorch checkpoint, or damaged (empty, cut off, or another "
                         "file type)")
+
+
+def load_model(path, name=None, data=None):
+    """(network in eval mode, checkpoint dict) from a file of train.py, or a foreign state dict:
+    bare, or under "model" or "state_dict", with or without "module." before each name; or from the
+    name of a torchvision network, as published.
+
+    name: the architecture; needed for a foreign file. data: a Dataset that the network has to fit:
+    its classes, and its image size. Only tensors and plain types are unpickled. Raises UserError
+    for a file that is missing, damaged, no checkpoint, or of another network or data.
+    """
+    path = Path(path)
+    checkpoint = read_checkpoint(path)
     if not isinstance(checkpoint, dict):
         raise UserError(f"{path}: holds a {type(checkpoint).__name__}, not a state dict")
     inner = [checkpoint[k] for k in ("model", "state_dict") if isinstance(checkpoint.get(k), dict)]
@@ -54,14 +78,15 @@ def load_model(path, name=None, data=None):
     name = name or ours
     if name is None:
         raise UserError(f"{path}: does not say which network it is; name it with --model")
-    head = state.get("fc.weight", state.get("head.weight"))
-    if not isinstance(head, torch.Tensor) or head.ndim != 2:
-        raise UserError(f"{path}: no classifier weights (fc.weight or head.weight), so not a "
-                        f"{name} of this project")
-    if len(head) < 2:
-        raise UserError(f"{path}: has a single class; a classifier needs at least 2")
+    size = checkpoint.get("image_size", 224 if name in TORCHVISION else 32)
     try:
-        model = create_model(name, len(head), checkpoint.get("image_size", 32))
+        # The last parameter is the classifier's: C numbers, or C rows.
+        *_, last = create_model(name, 2, size).state_dict()
+        head = state.get(last)
+        if not isinstance(head, torch.Tensor) or head.ndim == 0:
+            raise ValueError(f"no classifier weights ({last}), so not a {name}")
+        C = len(head)
+        model = create_model(name, C, size)
     except (ValueError, TypeError) as error:
         raise UserError(f"{path}: {error}")
     expected = model.state_dict()
@@ -75,26 +100,37 @@ def load_model(path, name=None, data=None):
                         "another file")
     model.load_state_dict(state)
     if data is not None:
-        made_for, side = checkpoint.get("image_size", 32), data.test[0].shape[-1]
-        if len(head) != len(data.classes):
-            raise UserError(f"{path}: has {len(head)} classes, the data has {len(data.classes)}")
+        if len(data.classes) != C:
+            raise UserError(f"{path}: has {C} classes, the data has {len(data.classes)}")
         if checkpoint.get("classes", data.classes) != data.classes:
             raise UserError(f"{path}: was trained on other classes than the data's "
                             f"{data.classes[:3]}…")
-        if hasattr(model, "pos_embed") and side != made_for:
-            raise UserError(f"{path}: a ViT for {made_for} px, the images have {side}; give "
-                            "another checkpoint or --image-size")
+        try:
+            check_size(name, data.test[0].shape[-1], made_for=size)
+        except ValueError:
+            raise UserError(f"{path}: a {name} for {size} px, the images have "
+                            f"{data.test[0].shape[-1]}; give another checkpoint or --image-size")
     return model.eval(), checkpoint
 
 
 @torch.inference_mode()
-def predict(model, images, mean, std, batch_size=250):
+def predict(model, images, mean, std, batch_size=None):
     """Logits (N, C), float32, of uint8 images (N, 3, S, S). Leaves the network in eval mode."""
     model.eval()
+    batch_size = batch_size or (250 if images.shape[-1] <= 64 else 50)
     device = next(model.parameters()).device
     parts = (normalize(part.to(device), mean, std) for part in images.split(batch_size))
     logits = [model(x.contiguous(memory_format=torch.channels_last)).float() for x in parts]
     return torch.cat(logits).to(images.device)
+
+
+def pick_device(name):
+    there = dict(cpu=True, cuda=torch.cuda.is_available(), mps=torch.backends.mps.is_available())
+    if name == "auto":
+        name = next(kind for kind in ("cuda", "mps", "cpu") if there[kind])
+    if not there[name]:
+        raise UserError(f"--device {name}: not available here; leave the flag out or give cpu")
+    return torch.device(name)
 
 
 def calibration(logits, labels, bins=15):
@@ -322,23 +358,44 @@ def plot(folders):
 
 def evaluate(args):
     """{metric: value} of the checkpoint, and of how it stands to a teacher, where one is given."""
+    device = pick_device(args.device)
     # Read twice, since the file says which data it has to fit.
     _, checkpoint = load_model(args.checkpoint, args.model)
     dataset = args.dataset or checkpoint.get("dataset")
     if dataset is None:
         raise UserError(f"{args.checkpoint}: does not say which data it was trained on; give "
                         "--dataset and --data-dir")
-    statistics = (checkpoint["mean"], checkpoint["std"]) if "mean" in checkpoint else None
+    size = 224 if args.model in TORCHVISION and dataset in AREAS else None
     data = load(dataset, args.data_dir or checkpoint.get("data_dir", "data"),
-                checkpoint.get("image_size"), train=False, statistics=statistics)
+                checkpoint.get("image_size", size), train=False)
     images, labels = data.test
     model, _ = load_model(args.checkpoint, args.model, data)
-    logits = predict(model, images, data.mean, data.std)
+    mean, std = (checkpoint.get(key, getattr(data, key)) for key in ("mean", "std"))
+    logits = predict(model.to(device), images, mean, std)
     report = measure(logits, labels)
     if args.teacher_checkpoint:
         teacher, _ = load_model(args.teacher_checkpoint, args.teacher, data)
-        report |= inheritance(logits, predict(teacher, images, data.mean, data.std), labels)
+        report |= inheritance(logits, predict(teacher.to(device), images, mean, std), labels)
     return report
+
+
+def classify(args):
+    """[{"file", "classes": [[name, probability], …]}]: the five likeliest classes of each image."""
+    device = pick_device(args.device)
+    model, checkpoint = load_model(args.checkpoint, args.model)
+    if "mean" not in checkpoint:
+        raise UserError(f"--predict: {args.checkpoint} does not say its classes; give a file of "
+                        "train.py, or the name of a torchvision network")
+    # ImageNet's folders have numbers for names.
+    names = (torchvision.models.ResNet18_Weights.DEFAULT.meta["categories"]
+             if checkpoint["dataset"] == "imagenet" else checkpoint["classes"])
+    size = checkpoint["image_size"]
+    side = stored_side(size) if checkpoint["dataset"] in AREAS else size
+    images = torch.stack([torch.from_numpy(read_image(path, side)) for path in args.predict])
+    logits = predict(model.to(device), centre(images, size), checkpoint["mean"], checkpoint["std"])
+    values, top = logits.softmax(1).topk(min(5, len(names)))
+    return [dict(file=path, classes=[[names[k], p] for k, p in zip(*row)])
+            for path, *row in zip(args.predict, top.tolist(), values.tolist())]
 
 
 def main():
@@ -346,25 +403,35 @@ def main():
                                      formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.error = lambda message: parser.exit(2, f"eval.py: {message}; see --help\n")
     add = parser.add_argument
-    add("checkpoint", nargs="?", help="last.pt or best.pt of a run, or a foreign state dict")
-    add("--model", choices=MODELS, metavar="NAME",
-        help=f"architecture of a foreign checkpoint: {', '.join(MODELS)}")
+    add("checkpoint", nargs="?", help="last.pt or best.pt of a run, a foreign state dict, or the "
+        "name of a network of torchvision.models, as published")
+    add("--model", metavar="NAME", help=f"architecture of a foreign checkpoint: "
+        f"{', '.join(MODELS)}, or a classifier of torchvision.models")
     add("--dataset", choices=DATASETS)
     add("--data-dir", metavar="DIR")
+    add("--predict", nargs="+", metavar="IMAGE", help="the five likeliest classes of each image")
     add("--teacher-checkpoint", metavar="FILE", help="also compare with this teacher")
-    add("--teacher", choices=MODELS, metavar="NAME", help="architecture of a foreign teacher")
+    add("--teacher", metavar="NAME", help="architecture of a foreign teacher")
+    add("--device", default="auto", choices=("auto", "cpu", "cuda", "mps"), help="default auto")
     add("--json", action="store_true", help="print one JSON object")
     add("--table", metavar="DIR", help="print the results table of the runs DIR/<row>/<seed>")
     add("--against", metavar="ROW", help="compare each row with this one instead of the row above")
     add("--plot", nargs="+", metavar="RUN", help="draw runs over each other, into curves.png")
     args = parser.parse_args()
     try:
+        if args.predict and not args.checkpoint:
+            raise UserError("--predict: give a CHECKPOINT, or a network's name, before it")
         if sum(map(bool, (args.table, args.checkpoint, args.plot))) != 1:
             raise UserError("give either a CHECKPOINT, or --table DIR, or --plot RUN")
         if args.teacher and not args.teacher_checkpoint:
             raise UserError("--teacher: names the network of --teacher-checkpoint; give both")
         if args.against and not args.table:
             raise UserError("--against: names a row of --table; give both")
+        for given, name in (("--model", args.model), ("--teacher", args.teacher)):
+            try:
+                check_name(name or "resnet8")
+            except ValueError as error:
+                raise UserError(f"{given} {error}")
         if args.table:
             print(table(args.table, args.against))
             return
@@ -372,14 +439,22 @@ def main():
             plot(args.plot).savefig("curves.png")
             print("drawn: curves.png")
             return
-        report = evaluate(args)
+        # What is said on the way does not belong into JSON.
+        with contextlib.redirect_stdout(sys.stderr if args.json else sys.stdout):
+            report = classify(args) if args.predict else evaluate(args)
     except UserError as error:
         parser.exit(2, f"eval.py: {error}\n")
     if args.json:
         print(json.dumps(report))
-        return
-    for key, value in report.items():
-        print(f"{key:24s}{value:10.4f}" if isinstance(value, float) else f"{key:24s}{value:10d}")
+    elif args.predict:
+        for image in report:
+            print(image["file"])
+            for name, probability in image["classes"]:
+                print(f"{100 * probability:10.2f} %  {name}")
+    else:
+        for key, value in report.items():
+            form = "10.4f" if isinstance(value, float) else "10d"
+            print(f"{key:24s}{value:{form}}")
 
 
 if __name__ == "__main__":

@@ -1,17 +1,26 @@
-"""The networks: CIFAR ResNets and a plain ViT. `create_model(name, num_classes, image_size)`.
+"""The networks: CIFAR ResNets, a plain ViT, and torchvision's classifiers by their own names.
+`create_model(name, num_classes, image_size)`.
 
 forward takes normalised images (B, 3, H, W) and returns logits (B, num_classes), nothing else.
 The table of names stands at the bottom.
 """
+import difflib
+import functools
+from pathlib import Path
+
 import torch
 import torch.nn.functional as F
+import torchvision
 from torch import nn
 
 
-def in_float32(layer, x):
-    """layer(x) outside autocast: in bfloat16, more than one row in a hundred ties at the top."""
-    with torch.autocast(x.device.type, enabled=False):
-        return layer(x.to(layer.weight.dtype))
+class LastLinear(nn.Linear):
+    """Works outside autocast: in bfloat16, more than one row in a hundred ties at the top."""
+
+    def forward(self, x):
+        # check_size works with tensors that have no numbers, and no autocast.
+        with torch.autocast("cpu" if x.is_meta else x.device.type, enabled=False):
+            return super().forward(x.to(self.weight.dtype))
 
 
 # --- CIFAR ResNets (He et al., CVPR 2016, section 4.2) -------------------------------------------
@@ -53,7 +62,7 @@ class ResNet(nn.Module):
         self.layer1 = self._stage(stem, w1, n, stride=1)
         self.layer2 = self._stage(w1, w2, n, stride=2)
         self.layer3 = self._stage(w2, w3, n, stride=2)
-        self.fc = nn.Linear(w3, num_classes)
+        self.fc = LastLinear(w3, num_classes)
         for module in self.modules():
             if isinstance(module, nn.Conv2d):
                 nn.init.kaiming_normal_(module.weight, mode="fan_out", nonlinearity="relu")
@@ -67,7 +76,7 @@ class ResNet(nn.Module):
     def forward(self, x):                                     # (B, 3, H, W)
         x = F.relu(self.bn1(self.conv1(x)), inplace=True)     # (B, stem, H, W)
         x = self.layer3(self.layer2(self.layer1(x)))          # (B, w3, H/4, W/4)
-        return in_float32(self.fc, x.mean((2, 3)))            # (B, num_classes)
+        return self.fc(x.mean((2, 3)))                        # (B, num_classes)
 
 
 # --- ViT (Dosovitskiy et al., ICLR 2021) ---------------------------------------------------------
@@ -140,7 +149,7 @@ class ViT(nn.Module):
         self.pos_embed = nn.Parameter(torch.zeros(1, 1 + (image_size // patch) ** 2, dim))
         self.blocks = nn.Sequential(*[Block(dim, heads) for _ in range(depth)])
         self.norm = nn.LayerNorm(dim)
-        self.head = nn.Linear(dim, num_classes)
+        self.head = LastLinear(dim, num_classes)
         # Xavier and distinct positions: with the usual std of 0.02 a narrow ViT hardly starts to
         # learn in the few hundred steps of a small data set.
         nn.init.trunc_normal_(self.cls_token, std=0.02)
@@ -155,7 +164,7 @@ class ViT(nn.Module):
     def forward(self, x):                                     # (B, 3, H, W)
         x = self.patch_embed(x).flatten(2).transpose(1, 2)    # (B, N, D), N patches
         x = torch.cat([self.cls_token.expand(len(x), -1, -1), x], 1) + self.pos_embed  # (B, 1+N, D)
-        return in_float32(self.head, self.norm(self.blocks(x))[:, 0])   # (B, num_classes)
+        return self.head(self.norm(self.blocks(x))[:, 0])               # (B, num_classes)
 
 
 # --- The table of names --------------------------------------------------------------------------
@@ -178,16 +187,81 @@ MODELS = {
 }
 
 
-def create_model(name, num_classes, image_size=32):
-    """A freshly initialised network of the table above.
+# They return more than logits in training.
+NOT_LOGITS = ("googlenet", "inception_v3")
+TORCHVISION = tuple(name for name in torchvision.models.list_models(module=torchvision.models)
+                    if name not in NOT_LOGITS)
 
-    name: a key of MODELS. num_classes: C, at least 2. image_size: side in pixels; a ResNet takes
-    any. Raises ValueError for an unknown name, fewer than two classes, or a ViT whose patches do
-    not fit.
+
+def create_model(name, num_classes, image_size=32, pretrained=False):
+    """A network of the table above, freshly initialised, or one of torchvision's.
+
+    name: a key of MODELS, or of TORCHVISION. num_classes: C, at least 2. image_size: side in
+    pixels; only our ViTs are built for one. pretrained: with torchvision's ImageNet weights, and a
+    fresh last layer unless C is 1,000. Raises ValueError for an unknown name, fewer than two
+    classes, a ViT whose patches do not fit, or weights that cannot be had.
     """
-    if name not in MODELS:
-        raise ValueError(f"unknown model {name!r}; choose one of {', '.join(MODELS)}")
+    check_name(name)
     if num_classes < 2:
         raise ValueError(f"a classifier needs at least 2 classes, not {num_classes}")
-    build, arguments = MODELS[name]
-    return build(num_classes, image_size, **arguments)
+    if name in MODELS:
+        build, arguments = MODELS[name]
+        return build(num_classes, image_size, **arguments)
+    model = torchvision.models.get_model(name, num_classes=num_classes)
+    # fc, head, classifier.6: the owner of the last parameter.
+    last = [*model.state_dict()][-1].rpartition(".")[0]
+    layer = model.get_submodule(last)
+    if pretrained:
+        model = published(name)
+        made_for = getattr(model, "image_size", image_size)
+        if made_for != image_size:
+            raise ValueError(f"{name}: its weights are for images of {made_for} pixels")
+        if num_classes != 1000:
+            model.set_submodule(last, layer)
+        layer = model.get_submodule(last)
+    # That of squeezenet is a convolution.
+    if isinstance(layer, nn.Linear):
+        layer.__class__ = LastLinear
+    return model
+
+
+def published(name):
+    """A network of TORCHVISION with its best ImageNet weights, which are downloaded once."""
+    weights = torchvision.models.get_model_weights(name).DEFAULT
+    try:
+        return torchvision.models.get_model(name, weights=weights)
+    except Exception as error:
+        # No network, no space, or a damaged file, which can raise nearly anything.
+        reason, folder = str(error).split("\n")[0], Path(torch.hub.get_dir()) / "checkpoints"
+        raise ValueError(f"{name}: cannot load {Path(weights.url).name} ({reason}); put a whole "
+                         f"one, from {weights.url}, into {folder}")
+
+
+def check_name(name):
+    """Raises ValueError, with the nearest names, where this is no network here."""
+    if name in NOT_LOGITS:
+        raise ValueError(f"{name}: returns more than logits in training; choose another network")
+    if name not in MODELS and name not in TORCHVISION:
+        near = difflib.get_close_matches(name, [*MODELS, *TORCHVISION], 4)
+        which = f"nearest: {', '.join(near)}" if near else f"choose among {', '.join(MODELS)}"
+        raise ValueError(f"{name}: unknown network; {which}, or a classifier of torchvision.models")
+
+
+@functools.cache
+def check_size(name, image_size, images=2, made_for=None):
+    """Raises ValueError where a network does not take so many images of this size in training.
+
+    made_for: the size that it was made for; default: the same. Costs no arithmetic.
+    """
+    with torch.device("meta"):
+        try:
+            model = create_model(name, 2, made_for or image_size)
+        except NotImplementedError:
+            # RegNets look at numbers when they are built; they take any size.
+            return
+        try:
+            model(torch.zeros(images, 3, image_size, image_size))
+        except (RuntimeError, ValueError, AssertionError) as error:
+            reason = str(error).splitlines()[0]
+            raise ValueError(f"{name} does not take {images} images of {image_size} pixels "
+                             f"({reason})")

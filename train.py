@@ -22,7 +22,6 @@ import subprocess
 import sys
 import time
 import warnings
-import zlib
 from pathlib import Path
 
 import filelock
@@ -34,8 +33,8 @@ from tqdm import tqdm
 
 import losses
 from data import DATASETS, SIDES, UserError, batches, load
-from eval import FREE, GONE, load_model, measure, plot, predict, read_run
-from models import MODELS, create_model
+from eval import FREE, GONE, load_model, measure, pick_device, plot, predict, read_run
+from models import MODELS, TORCHVISION, check_name, check_size, create_model
 from swap import misclassified
 
 # --- Settings -------------------------------------------------------------------------------------
@@ -57,14 +56,17 @@ class Settings:
     method: str = setting("what is minimised; default sld", choices=tuple(losses.OBJECTIVES))
     dataset: str = setting("default glyphs, rendered here, no download", choices=DATASETS)
     data_dir: str = setting("where the data is or is cached; default data", metavar="DIR")
-    image_size: int = setting("side in pixels, for folder; default 64", int, POSITIVE, metavar="PX")
+    image_size: int = setting("side in pixels, for folder and imagenet; 224, on a folder with our "
+                              "own networks 64", int, POSITIVE, metavar="PX")
     evaluate: str = setting("measure on the test part, or on val, a tenth of the training images, "
                             "which is then not trained on; default test", choices=("test", "val"))
-    teacher: str = setting("teacher network, see --student; resnet14 on glyphs, else larger",
-                           choices=MODELS, metavar="NAME")
-    teacher_checkpoint: str = setting("its weights; default: trained first, or cached",
-                                      metavar="FILE")
-    student: str = setting(f"one of {', '.join(MODELS)}", choices=MODELS, metavar="NAME")
+    teacher: str = setting("teacher network", metavar="NAME")
+    teacher_checkpoint: str = setting("its weights; default: trained first, or cached; on imagenet "
+                                      "those of torchvision", metavar="FILE")
+    student: str = setting(f"one of {', '.join(MODELS)}, or a classifier of torchvision.models by "
+                           "its name there", metavar="NAME")
+    pretrained: bool = setting("teacher and student start from torchvision's ImageNet weights; on "
+                               "for its networks on a folder", bool)
     views: str = setting("weak (crop, flip) or both, weak and strong; both for sld",
                          choices=("weak", "both"))
     temperatures: tuple = setting("T of the KL; 4 for kd, 1 2 3 4 5 6 for sld", float, POSITIVE,
@@ -83,16 +85,18 @@ class Settings:
     temperature: float = setting("T of dkd and rld; 4", float, POSITIVE)
     alpha_temperature: float = setting("T of the label's part of rld; 1", float, POSITIVE)
     kd_warmup: float = setting("epochs until dkd and rld count in full; 20 of 240", float, POSITIVE)
-    epochs: int = setting("240 on CIFAR, 60 on a folder, 7 on glyphs, 14 with adamw", int,
-                          POSITIVE)
-    batch_size: int = setting("images a step; default 64", int, POSITIVE)
+    epochs: int = setting("240 on CIFAR, 100 on imagenet, 60 on a folder, pretrained 10, 7 on "
+                          "glyphs, 14 there with adamw", int, POSITIVE)
+    batch_size: int = setting("images a step; default 64, on imagenet 512", int, POSITIVE)
     optimizer: str = setting("sgd, with momentum 0.9; adamw for a ViT", choices=("sgd", "adamw"))
-    lr: float = setting("0.05, for sld 0.025; with adamw 0.001; own ones on glyphs",
-                        float, POSITIVE)
-    weight_decay: float = setting("on all parameters; 5e-4, with adamw 0.05", float, NOT_NEGATIVE)
-    schedule: str = setting("step: x0.1 after 150, 180, 210 of 240 epochs; cosine on glyphs and "
-                            "with adamw", choices=("step", "cosine"))
-    warmup: float = setting("epochs of linear warm-up; 0; a tenth of all on glyphs and with adamw",
+    lr: float = setting("0.05, for sld 0.025; with adamw 0.001; own ones on glyphs, on imagenet "
+                        "and for pretrained networks", float, POSITIVE)
+    weight_decay: float = setting("on all parameters; 5e-4, on imagenet and pretrained 1e-4, with "
+                                  "adamw 0.05", float, NOT_NEGATIVE)
+    schedule: str = setting("step: x0.1 after 150, 180, 210 of 240 epochs, on imagenet 30, 60, 90 "
+                            "of 100; cosine on glyphs, pretrained and with adamw",
+                            choices=("step", "cosine"))
+    warmup: float = setting("epochs of linear warm-up; 0; a tenth of all on glyphs and pretrained",
                             float, NOT_NEGATIVE)
     seed: int = setting("of initial weights, order and views; default 0", int, SEED)
     device: str = setting("default auto", choices=("auto", "cpu", "cuda", "mps"))
@@ -102,8 +106,8 @@ class Settings:
 # --- Recipes --------------------------------------------------------------------------------------
 # The numbers of an objective are the defaults of its function in losses.py; here is what else
 # differs. ce and kd are the field's (RepDistiller), the others their papers' released code.
-COMMON = dict(method="sld", dataset="glyphs", data_dir="data", evaluate="test", batch_size=64,
-              seed=0, device="auto")
+COMMON = dict(method="sld", dataset="glyphs", data_dir="data", evaluate="test", seed=0,
+              device="auto")
 METHODS = {
     "ce": dict(views="weak", lr=0.05),
     "kd": dict(views="weak", lr=0.05),
@@ -112,10 +116,11 @@ METHODS = {
     "rld": dict(views="weak", lr=0.05),
 }
 SIZES = {
-    "glyphs": dict(teacher="resnet14", student="resnet8", epochs=7),
-    "cifar10": dict(teacher="resnet56", student="resnet20", epochs=240),
-    "cifar100": dict(teacher="resnet56", student="resnet20", epochs=240),
-    "folder": dict(teacher="resnet20", student="resnet8", epochs=60),
+    "glyphs": dict(teacher="resnet14", student="resnet8", epochs=7, batch_size=64),
+    "cifar10": dict(teacher="resnet56", student="resnet20", epochs=240, batch_size=64),
+    "cifar100": dict(teacher="resnet56", student="resnet20", epochs=240, batch_size=64),
+    "folder": dict(teacher="resnet20", student="resnet8", epochs=60, batch_size=64),
+    "imagenet": dict(teacher="resnet34", student="resnet18", epochs=100, batch_size=512),
 }
 # Where the teacher that is trained first takes longer than a student.
 TEACHER_EPOCHS = {"glyphs": 12}
@@ -128,8 +133,17 @@ TUNED = {
     "sgd": dict(lr=dict(ce=0.4, kd=0.4, sld=0.1, dkd=0.4, rld=0.4), schedule="cosine", warmup=None),
     "adamw": dict(lr=dict.fromkeys(METHODS, 1e-3), epochs=14),
 }
+# For ImageNet the released code's; for pretrained networks on a folder usual values, not tuned.
+IMAGENET = {"sgd": dict(lr=0.2, weight_decay=1e-4), "adamw": {}}
+FINE_TUNING = {
+    "sgd": dict(lr=0.01, weight_decay=1e-4, epochs=10, schedule="cosine", warmup=None),
+    "adamw": dict(lr=1e-4, epochs=10, warmup=None),
+}
+# Families that train with AdamW.
+TRANSFORMERS = ("vit", "swin", "maxvit", "convnext")
 # Epochs of the published recipe; gamma's 150 and the 20 of kd_warmup are of the same 240.
 MILESTONES, OF = (150, 180, 210), 240
+MILESTONES_IMAGENET, OF_IMAGENET = (30, 60, 90), 100
 
 
 def options_of(method):
@@ -149,24 +163,42 @@ def resolve(s):
     given = {k: v for k, v in vars(s).items() if v is not None}
     for field in dataclasses.fields(s):
         name, value = flag(field.name), given.get(field.name)
-        known, bounds = field.metadata.get("choices"), field.metadata["bounds"]
-        if value is not None and known and value not in known:
-            raise UserError(f"{name} {value}: unknown; choose among {', '.join(known)}")
+        choices, bounds = field.metadata.get("choices"), field.metadata["bounds"]
+        if value is not None and choices and value not in choices:
+            raise UserError(f"{name} {value}: unknown; choose among {', '.join(choices)}")
         for number in value if isinstance(value, (tuple, list)) else (value,):
             if number is not None and bounds and not bounds[1](number):
                 raise UserError(f"{name} {number}: must be {bounds[0]}")
 
     method, dataset = (given.get(k, COMMON[k]) for k in ("method", "dataset"))
-    vit = given.get("student", SIZES[dataset]["student"]).startswith("vit")
-    optimizer = given.get("optimizer", "adamw" if vit else "sgd")
-    tuned = dict(TUNED[optimizer]) if dataset == "glyphs" else {}
-    if tuned:
-        tuned["lr"] = tuned["lr"].get(method, METHODS[method]["lr"])
+    networks = {"student": given.get("student", SIZES[dataset]["student"])}
+    if method != "ce":
+        networks["teacher"] = given.get("teacher", SIZES[dataset]["teacher"])
+    for role, name in networks.items():
+        try:
+            check_name(name)
+        except ValueError as error:
+            raise UserError(f"{flag(role)} {error}")
+    theirs = [name for name in networks.values() if name in TORCHVISION]
+    pretrained = given.get("pretrained", dataset == "folder") if theirs else None
+    side = 224 if theirs and dataset == "folder" else SIDES[dataset]
+
+    optimizer = given.get("optimizer", "sgd")
+    if networks["student"].startswith(TRANSFORMERS):
+        optimizer = given.get("optimizer", "adamw")
+    tuned = {"glyphs": TUNED, "imagenet": IMAGENET}.get(dataset, {}).get(optimizer, {})
+    if pretrained and dataset == "folder" and networks["student"] in TORCHVISION:
+        tuned = FINE_TUNING[optimizer]
+    if dataset == "glyphs":
+        tuned = tuned | dict(lr=tuned["lr"][method])
+    if dataset == "imagenet" and method in ("kd", "sld"):
+        tuned = tuned | dict(ce_weight=0.5, kd_weight=0.5)
 
     # Later ones win: the method's rate is for SGD, the optimiser's own is for any method.
     full = dict.fromkeys(f.name for f in dataclasses.fields(Settings))
-    full |= COMMON | SIZES[dataset] | dict(image_size=SIDES[dataset], optimizer=optimizer)
+    full |= COMMON | SIZES[dataset] | dict(image_size=side, optimizer=optimizer)
     full |= options_of(method) | METHODS[method] | OPTIMIZERS[optimizer] | tuned | given
+    full["pretrained"] = pretrained
     if method == "ce":
         full["teacher"] = None
     epochs = full["epochs"]
@@ -184,15 +216,16 @@ def resolve(s):
     every = {name for m in METHODS for name in options_of(m)} | {"teacher", "teacher_checkpoint"}
     known = {*options_of(method)} | ({"teacher", "teacher_checkpoint"} if method != "ce" else set())
     foreign = ", ".join(flag(k) for k in given if k in every - known)
-    vits = [name for name in (full["student"], full["teacher"]) if name and name.startswith("vit")]
+    ours = [name for name in networks.values() if name in MODELS]
     for wrong, message in (
         (foreign,
          f"{foreign}: no part of --method {method}; leave it out, or choose another method"),
         (full["temperatures"] == (), "--temperatures: give at least one"),
         (full["warmup"] >= epochs,
          f"--warmup {full['warmup']:g}: must be shorter than the {epochs} epochs"),
-        (vits and full["image_size"] % 8,
-         f"--image-size {full['image_size']}: {', '.join(vits)}: needs a multiple of 8"),
+        (ours and given.get("pretrained"),
+         f"--pretrained: there are no weights for {', '.join(ours)}; leave it out, or choose "
+         "networks of torchvision.models"),
         (not full["student_swap"] and {"gamma", "detach"} & given.keys(),
          "--gamma, --detach: part of the student swap; leave out --no-student-swap or them"),
         (full["student_swap"] and full["gamma"] >= epochs,
@@ -203,6 +236,11 @@ def resolve(s):
     ):
         if wrong:
             raise UserError(message)
+    for name in networks.values():
+        try:
+            check_size(name, full["image_size"])
+        except ValueError as error:
+            raise UserError(f"--image-size {full['image_size']}: {error}")
     return Settings(**full)
 
 
@@ -212,7 +250,15 @@ def learning_rate(s, done):
         return s.lr * done / s.warmup
     if s.schedule == "cosine":
         return s.lr * 0.5 * (1 + math.cos(math.pi * (done - s.warmup) / (s.epochs - s.warmup)))
-    return s.lr * 0.1 ** sum(done >= m for m in {round(m * s.epochs / OF) for m in MILESTONES})
+    return s.lr * 0.1 ** sum(done >= m for m in drops(s))
+
+
+def drops(s):
+    """The epochs after which the schedule "step" goes down."""
+    milestones, of = MILESTONES, OF
+    if s.dataset == "imagenet":
+        milestones, of = MILESTONES_IMAGENET, OF_IMAGENET
+    return sorted({round(m * s.epochs / of) for m in milestones})
 
 
 def make_objective(s):
@@ -255,8 +301,12 @@ def train_epoch(s, epoch, learner, data):
     n, start = len(data.train[1]), time.perf_counter()
     steps, sums, skipped = math.ceil(n / s.batch_size), {}, 0
     student.train()
-    bar = tqdm(batches(data, s.batch_size, s.views, s.seed, epoch, rank, world), f"epoch {epoch}",
-               steps, leave=False, disable=True if rank else None)
+    # For the dropout of some networks, so that a resumed run draws the same.
+    torch.manual_seed((1_000_003 * s.seed + epoch) * world + rank)
+    # Views for MPS are made on the CPU.
+    where = device if device.type == "cuda" else torch.device("cpu")
+    bar = tqdm(batches(data, s.batch_size, s.views, s.seed, epoch, rank, world, where),
+               f"epoch {epoch}", steps, leave=False, disable=True if rank else None)
     for step, (views, target) in enumerate(bar):
         views = [v.to(device, memory_format=torch.channels_last) for v in views]   # (B, 3, S, S)
         target = target.to(device)                                                 # (B,)
@@ -335,8 +385,8 @@ def run(settings, run_dir=None, resume=False):
     device = pick_device(s.device)
     s = dataclasses.replace(s, amp=amp_by_default(device) if s.amp is None else s.amp)
     data = load(s.dataset, s.data_dir, s.image_size, evaluate=s.evaluate)
-    if device.type == "cuda":
-        # Elsewhere the views are made on the CPU.
+    if device.type == "cuda" and data.area is None:
+        # Photographs may be larger than its memory; they go there batch by batch.
         data.train, data.test = (tuple(t.to(device) for t in p) for p in (data.train, data.test))
     n = len(data.train[1])
     if s.batch_size > n:
@@ -344,10 +394,24 @@ def run(settings, run_dir=None, resume=False):
     if s.batch_size < world:
         raise UserError(f"--batch-size {s.batch_size}: less than one image for each of {world} "
                         "processes; give a larger one, or fewer processes")
-    teacher, digest = get_teacher(s, data, device) if s.teacher else (None, None)
+    if (n % s.batch_size or s.batch_size) // world <= 1:
+        try:
+            # Batch norm may have nothing to average over.
+            check_size(s.student, s.image_size, images=1)
+        except ValueError as error:
+            raise UserError(f"--batch-size {s.batch_size}: leaves one image for the last step, and "
+                            f"{error}; give another")
 
     torch.manual_seed(s.seed)
-    student = create_model(s.student, len(data.classes), s.image_size)
+    C, pretrained = len(data.classes), s.pretrained and s.student in TORCHVISION and not saved
+    try:
+        student = create_model(s.student, C, s.image_size, pretrained)
+    except ValueError as error:
+        raise UserError(str(error))
+    if pretrained:
+        print(f"student   {s.student} from torchvision's ImageNet weights"
+              + (f", with a new last layer for {C} classes" if C != 1000 else ""))
+    teacher, digest = get_teacher(s, data, device) if s.teacher else (None, None)
     student.to(device, memory_format=torch.channels_last)
     autocast, scaler = mixed_precision(device, s.amp)
     parallel = student
@@ -371,16 +435,16 @@ def run(settings, run_dir=None, resume=False):
         history = saved["history"]
 
     print(f"data      {s.dataset}: {n} training and {len(data.test[1])} {PARTS[s.evaluate]} "
-          f"images, {len(data.classes)} classes, {s.image_size} px\n{in_words(s)}")
+          f"images, {C} classes, {s.image_size} px\n{in_words(s)}")
     half = str(autocast.fast_dtype).removeprefix("torch.")
     precision = f"mixed precision ({half})" if s.amp else "float32"
     processes = f" in {world} processes" if world > 1 else ""
     print(f"device    {device.type}{processes}, {precision}; run folder {folder}")
     by_default = settings.lr is None and s.optimizer == "sgd" and not resume
-    if by_default and s.batch_size != COMMON["batch_size"]:
-        scaled = s.lr * s.batch_size / COMMON["batch_size"]
-        print(f"note      batch {s.batch_size} is not the recipe's {COMMON['batch_size']}; linear "
-              f"scaling would give --lr {scaled:g} instead of {s.lr:g} (not applied)")
+    usual = SIZES[s.dataset]["batch_size"]
+    if by_default and s.batch_size != usual:
+        print(f"note      batch {s.batch_size} is not the recipe's {usual}; linear scaling would "
+              f"give --lr {s.lr * s.batch_size / usual:g} instead of {s.lr:g} (not applied)")
     with contextlib.nullcontext() if rank else lock(folder), explained(s, folder, history):
         if rank == 0:
             open_folder(folder, s, learner, resume)
@@ -455,9 +519,10 @@ def open_run(settings, run_dir, resume):
 
 
 def comparable(settings):
-    """{name: value} of what fixes a run's result, or None. A checkpoint has lists for tuples."""
+    """{name: value} of what fixes a run's result, or None. A checkpoint has lists for tuples, and
+    not yet the settings of later versions."""
     return settings and {k: list(v) if isinstance(v, tuple) else v for k, v in settings.items()
-                         if k not in FREE}
+                         if k not in FREE and v is not None}
 
 
 COLUMNS = (  # heading, key, width, format
@@ -500,8 +565,8 @@ def in_words(s):
     if s.student_swap:
         loss += (f"\n          + {s.kd_weight:g} T^2 KL(swapped student || student) from epoch "
                  f"{s.gamma + 1} on{', its gradient stopped' if s.detach else ''}")
-    drops = sorted({round(m * s.epochs / OF) for m in MILESTONES} - {s.epochs})
-    after = f"x0.1 after epoch {', '.join(map(str, drops))}" if drops else "constant"
+    falls = [epoch for epoch in drops(s) if epoch < s.epochs]
+    after = f"x0.1 after epoch {', '.join(map(str, falls))}" if falls else "constant"
     rate = "cosine to 0" if s.schedule == "cosine" else after
     warmup = f", warm-up {s.warmup:g} epochs" if s.warmup else ""
     views = "weak and strong views" if s.views == "both" else "the weak view"
@@ -514,9 +579,11 @@ def in_words(s):
 # --- The teacher ----------------------------------------------------------------------------------
 
 def get_teacher(s, data, device):
-    """(the frozen teacher in eval mode, digest of its weights): of --teacher-checkpoint, or the
-    cached one, which is trained first where it lacks epochs. Raises UserError for one at chance."""
-    path = s.teacher_checkpoint or cached_teacher(s, data)
+    """(the frozen teacher in eval mode, digest of its weights): of --teacher-checkpoint, or on
+    imagenet as torchvision publishes it, or the cached one, which is trained first where it lacks
+    epochs. Raises UserError for one at chance."""
+    published = s.dataset == "imagenet" and s.teacher in TORCHVISION
+    path = s.teacher_checkpoint or (s.teacher if published else cached_teacher(s, data))
     teacher, _ = load_model(path, s.teacher, data)
     teacher.requires_grad_(False).to(device, memory_format=torch.channels_last)
     top1 = measure(predict(teacher, data.test[0], data.mean, data.std), data.test[1])["top1"]
@@ -527,7 +594,8 @@ def get_teacher(s, data, device):
         chance = "twice chance" if C >= 10 else "ten points above chance"
         raise UserError(f"{path}: the teacher has {top1:.2f} % {s.evaluate} top-1, no better than "
                         f"{floor:.2f} % ({chance}); give another --teacher-checkpoint")
-    print(f"teacher   {s.teacher} from {path}: {top1:.2f} % {s.evaluate} top-1")
+    origin = "torchvision" if path == s.teacher else path
+    print(f"teacher   {s.teacher} from {origin}: {top1:.2f} % {s.evaluate} top-1")
     weights = b"".join(v.cpu().numpy().tobytes() for v in teacher.state_dict().values())
     return teacher, hashlib.sha256(weights).hexdigest()
 
@@ -535,22 +603,23 @@ def get_teacher(s, data, device):
 def cached_teacher(s, data):
     """The last.pt of this data's own teacher, after the epochs that it lacks."""
     name = s.dataset
-    if name == "folder":
-        # Two folders may share a name: the images tell them apart.
-        images, labels = (part.cpu().numpy() for part in data.train)
-        digest = zlib.crc32(labels, zlib.crc32(images))
-        name = f"{Path(s.data_dir).resolve().name}-{s.image_size}px-{digest:08x}"
+    if data.area is not None:
+        # Two folders may share a name: their files tell them apart.
+        name = f"{Path(s.data_dir).resolve().name}-{s.image_size}px-{data.digest}"
     if s.evaluate == "val":
         # The teacher must not know the images that are measured on either.
         name += "-val"
+    pretrained = s.pretrained if s.teacher in TORCHVISION else None
+    if pretrained:
+        name += "-pretrained"
     folder = Path(f"runs/teacher-{name}-{s.teacher}")
     mine = Settings(data_dir=s.data_dir, device=s.device)
     started = (folder / "config.json").exists()
     if not started:
-        batch_size = min(COMMON["batch_size"], len(data.train[1]))
+        batch_size = min(SIZES[s.dataset]["batch_size"], len(data.train[1]))
         mine = dataclasses.replace(
             mine, method="ce", dataset=s.dataset, image_size=s.image_size, student=s.teacher,
-            evaluate=s.evaluate, amp=s.amp, batch_size=batch_size,
+            evaluate=s.evaluate, amp=s.amp, batch_size=batch_size, pretrained=pretrained,
             epochs=TEACHER_EPOCHS.get(s.dataset))
     elif (folder / "metrics.jsonl").exists():
         config, rows = read_run(folder)
@@ -572,15 +641,6 @@ def cached_teacher(s, data):
 def process():
     """(number of this process, number of all): (0, 1) but under torchrun."""
     return (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
-
-
-def pick_device(name):
-    there = dict(cpu=True, cuda=torch.cuda.is_available(), mps=torch.backends.mps.is_available())
-    if name == "auto":
-        name = next(kind for kind in ("cuda", "mps", "cpu") if there[kind])
-    if not there[name]:
-        raise UserError(f"--device {name}: not available here; leave the flag out or give cpu")
-    return torch.device(name, torch.cuda.current_device() if name == "cuda" else None)
 
 
 def amp_by_default(device):

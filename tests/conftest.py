@@ -1,9 +1,11 @@
 import sys
+import urllib.error
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+import torchvision
 from PIL import Image
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
@@ -58,6 +60,43 @@ def short(colors, color_teacher):
             common |= dict(teacher="resnet8", teacher_checkpoint=str(color_teacher))
         return train.Settings(**(common | changes))
     return make
+
+
+@pytest.fixture
+def published(tmp_path, monkeypatch):
+    """published(name, bias) puts weights of a torchvision network into torch's cache, under the
+    name of the published file, and returns them; with a bias, class 0 always wins. Offline."""
+    monkeypatch.setenv("TORCH_HOME", str(tmp_path / "torch"))
+
+    def offline(*arguments, **more):
+        raise urllib.error.URLError("no network")
+    monkeypatch.setattr(torch.hub, "download_url_to_file", offline)
+
+    def put(name, bias=None):
+        state = torchvision.models.get_model(name).state_dict()
+        if bias is not None:
+            *_, last = state
+            state[last.replace("bias", "weight")].zero_()
+            state[last].zero_()[0] = bias
+        url = torchvision.models.get_model_weights(name).DEFAULT.url
+        path = Path(torch.hub.get_dir()) / "checkpoints" / Path(url).name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        torch.save(state, path)
+        return state
+    return put
+
+
+@pytest.fixture(scope="session")
+def imagenet(tmp_path_factory):
+    """1,000 classes of one training image each, and 20 test images of the first."""
+    root = tmp_path_factory.mktemp("imagenet")
+    for k in range(1000):
+        (root / f"train/n{k:08d}").mkdir(parents=True)
+        Image.new("RGB", (4, 4), (k % 256, k // 4, 80)).save(root / f"train/n{k:08d}/0.png")
+    (root / "val/n00000000").mkdir(parents=True)
+    for k in range(20):
+        Image.new("RGB", (4, 4), (10 * k, 0, 80)).save(root / f"val/n00000000/{k}.png")
+    return root
 
 
 @pytest.fixture

@@ -17,7 +17,16 @@ from models import create_model
 
 FLAGS = [
     ("--methd sld", "--methd"), ("--method mlkd", "mlkd"), ("--student resnet9", "resnet9"),
-    ("--teacher vgg13", "vgg13"), ("--dataset imagenet", "imagenet"), ("--epochs 0", "--epochs 0"),
+    ("--teacher vgg12", "--teacher vgg12: unknown network; nearest: vgg1"),
+    ("--student mobilenet_v4_small", "nearest: mobilenet_v3_small"),
+    ("--student inception_v3", "inception_v3: returns more than logits"),
+    ("--teacher googlenet", "googlenet: returns more than logits"),
+    ("--student fcn_resnet50", "fcn_resnet50: unknown"), ("--student ???", "???: unknown"),
+    ("--pretrained", "--pretrained: there are no weights for resnet8, resnet14"),
+    ("--pretrained --student resnet18 --method kd", "no weights for resnet14"),
+    ("--student vit_b_16 --dataset folder --image-size 64", "--image-size 64: vit_b_16"),
+    ("--student vgg11", "--image-size 16: vgg11"),
+    ("--dataset imagenette", "imagenette"), ("--epochs 0", "--epochs 0"),
     ("--epochs -3", "--epochs -3"), ("--epochs two", "two"), ("--batch-size 0", "--batch-size 0"),
     ("--batch-size -1", "--batch-size -1"), ("--lr 0", "--lr 0"), ("--lr -0.1", "--lr -0.1"),
     ("--lr nan", "--lr nan"), ("--lr inf", "--lr inf"), ("--temperatures 0", "--temperatures 0"),
@@ -178,10 +187,28 @@ def test_folders(command, base, colors, tmp_path, kind):
     assert not (tmp_path / "run").exists()
 
 
-def test_images_that_do_not_fit_in_memory(command, base):
+def test_images_that_do_not_fit_on_the_disk(command, base):
     result = command(train, *base, "--image-size", 100_000)
-    refused(result, "--image-size 100000")
-    assert "GiB" in result[2]
+    refused(result, "4702064326560 bytes (4379.1 GiB)")
+    assert "--image-size" in result[2] and "bytes are free" in result[2]
+
+
+def test_an_archive_instead_of_a_folder(command, base, colors):
+    archive = shutil.make_archive("photos", "zip", colors)
+    refused(command(train, *base, "--data-dir", archive), "photos.zip: a file, not a folder")
+
+
+def test_imagenet_with_other_than_its_classes(command, colors, tmp_path):
+    for script in (train, evaluation):
+        about = () if script is train else (tmp_path / "x.pt", "--model", "resnet8")
+        torch.save(create_model("resnet8", 3).state_dict(), tmp_path / "x.pt")
+        refused(command(script, *about, "--dataset", "imagenet", "--data-dir", colors),
+                "3 classes in train/, where imagenet has 1000")
+
+
+def test_one_image_left_for_batch_norm(command, base):
+    """Three pixels end as one, which alone has no variance."""
+    refused(command(train, *base, "--image-size", 3, "--batch-size", 119), "--batch-size 119")
 
 
 def test_a_batch_larger_than_the_data(command, base, color_teacher):
@@ -224,6 +251,9 @@ def unusual_folder(root, kind):
         shutil.rmtree(root / "val/blue")
     elif kind == "thin images":
         Image.new("RGB", (1, 300), "red").save(red / "thin.png")
+    elif kind == "one huge and one tiny image":
+        Image.new("RGB", (6000, 4000), "red").save(red / "huge.jpg")
+        Image.new("RGB", (1, 1), "red").save(red / "tiny.png")
     elif kind == "folders in folders":
         (red / "more").mkdir()
         shutil.move(red / "3.png", red / "more/3.png")
@@ -235,7 +265,8 @@ def unusual_folder(root, kind):
 @pytest.mark.parametrize("kind", [
     "animated", "L", "RGBA", "LA", "P", "1", "CMYK", "I;16", "one image in a class",
     "notes beside the images", "name that is not UTF-8", "spaces and accents",
-    "fewer classes in val", "thin images", "folders in folders", "images linked from elsewhere"])
+    "fewer classes in val", "thin images", "one huge and one tiny image", "folders in folders",
+    "images linked from elsewhere"])
 def test_unusual_folders_work(command, colors, tmp_path, kind):
     root = tmp_path / "my photos"
     shutil.copytree(colors, root)
@@ -323,8 +354,13 @@ def test_a_run_is_never_written_over(command, base, color_teacher, tmp_path):
 @pytest.mark.parametrize("arguments, culprit", [
     ("", "CHECKPOINT"), ("missing.pt", "missing.pt"), ("--table nowhere", "nowhere"),
     ("x.pt --table y", "CHECKPOINT"), ("x.pt --modle resnet8", "--modle"),
-    ("x.pt --model resnet9", "resnet9")])
+    ("x.pt --model resnet9", "--model resnet9: unknown network; nearest: resnet8"),
+    ("x.pt --teacher-checkpoint y.pt --teacher googlenet", "--teacher googlenet"),
+    ("resnet35", "resnet35: no such checkpoint"), ("--predict a.jpg", "--predict"),
+    ("x.pt --device tpu", "tpu"), ("x.pt --device mps", "--device mps")])
 def test_eval_flags(command, arguments, culprit):
+    if "mps" in arguments and torch.backends.mps.is_available():
+        pytest.skip("there is such a GPU here")
     refused(command(evaluation, *arguments.split()), culprit)
 
 

@@ -3,6 +3,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image, ImageDraw, ImageEnhance, ImageOps
+from torchvision import transforms
 
 import data
 
@@ -107,6 +108,50 @@ def test_the_draws_have_the_papers_ranges():
     assert not data.draw(100, 32, False, torch.Generator())["mirror"].any()
 
 
+def test_the_weak_view_of_photographs_is_torchvisions_resized_crop():
+    images = torch.randint(256, (40, 3, 37, 37), dtype=torch.uint8)
+    box = data.draw_box(40, 37, 0.08, torch.Generator().manual_seed(0))
+    mirror = torch.arange(40) % 2 == 1
+    ours = data.resized_crop(images, box, mirror, 32)
+    for image, (x, y, w, h), flip, view in zip(images, box.int().tolist(), mirror, ours):
+        theirs = transforms.functional.resized_crop(image, y, x, h, w, [32, 32], antialias=False)
+        theirs = theirs.flip(2) if flip else theirs
+        assert (view.int() - theirs.int()).abs().max() <= 1
+    assert ours.dtype == torch.uint8 and ours.shape == (40, 3, 32, 32)
+
+
+def test_its_boxes_are_drawn_as_torchvision_draws_them():
+    """Means and spreads of x, y, width and height over many draws."""
+    n, side = 4000, 256
+    ours = data.draw_box(n, side, 0.08, torch.Generator().manual_seed(0))
+    assert (ours == ours.round()).all() and ours[:, :2].min() >= 0 and ours[:, 2:].min() > 0
+    assert (ours[:, :2] + ours[:, 2:]).max() <= side
+    image, draw = torch.empty(3, side, side), transforms.RandomResizedCrop.get_params
+    theirs = torch.tensor([draw(image, (0.08, 1), (3 / 4, 4 / 3)) for _ in range(n)])
+    # It gives y, x, height, width.
+    theirs = theirs[:, [1, 0, 3, 2]]
+    for statistic, tolerance in ((torch.mean, 4), (torch.std, 3)):
+        difference = statistic(ours.double(), 0) - statistic(theirs.double(), 0)
+        assert difference.abs().max() < tolerance, difference
+    # One pixel has no smaller part.
+    assert (data.draw_box(9, 1, 0.08, torch.Generator()) == torch.tensor([0, 0, 1, 1])).all()
+
+
+@pytest.mark.parametrize("size", [16, 224])
+def test_views_of_photographs_hold_every_image_once(size):
+    side = data.stored_side(size)
+    images = torch.arange(14, dtype=torch.uint8).view(14, 1, 1, 1).expand(-1, 3, side, side)
+    part = images.contiguous(), torch.arange(14)
+    photographs = data.Dataset(part, (data.centre(images, size), part[1]), list("ab"), (0., 0., 0.),
+                               (1 / 255,) * 3, True, area=0.35)
+    seen = []
+    for (weak, strong), labels in data.batches(photographs, 12, "both", seed=0, epoch=1):
+        assert weak.shape == strong.shape == (len(labels), 3, size, size)
+        assert torch.equal(weak.round().mean((1, 2, 3)).long(), labels)
+        seen += labels.tolist()
+    assert sorted(seen) == list(range(14)) and seen != sorted(seen)
+
+
 def small(images, flip=True):
     return data.Dataset((images, torch.arange(len(images))), (images, torch.arange(len(images))),
                         list("ab"), (.5, .4, .3), (.2, .3, .1), flip)
@@ -196,18 +241,17 @@ def test_a_folder_of_any_modes_and_sizes(tmp_path):
         "train/dog/palette.gif": Image.new("P", (8, 8)),
         "val/cat/one.png": Image.new("1", (20, 20), 1),
         "val/dog/two.webp": Image.new("RGB", (200, 20))})
-    loaded = data.load("folder", root, image_size=24)
-    assert loaded.classes == ["cat", "dog"] and loaded.flip
-    assert loaded.train[0].shape == (5, 3, 24, 24) and loaded.train[1].tolist() == [0, 0, 1, 1, 1]
-    assert loaded.train[0][1][:, 5, 5].tolist() == [255, 0, 102]
-    assert loaded.train[0][3].unique().tolist() == [51]
-    assert loaded.test[0][0].unique().tolist() == [255]
-    scaled = loaded.train[0].double() / 255
-    assert loaded.mean == pytest.approx(scaled.mean((0, 2, 3)).tolist())
-    std = scaled.permute(1, 0, 2, 3).flatten(1).std(1, correction=0)
-    assert loaded.std == pytest.approx(std.tolist())
-    given = (0, 0, 0), (1, 1, 1)
-    assert data.load("folder", root, 24, train=False, statistics=given).train is None
+    loaded = data.load("folder", root, image_size=21)
+    assert loaded.classes == ["cat", "dog"] and loaded.flip and loaded.area == 0.35
+    # In a random order, with room to crop from.
+    (images, labels), (tests, _) = loaded.train, loaded.test
+    assert images.shape == (5, 3, 24, 24) and sorted(labels.tolist()) == [0, 0, 1, 1, 1]
+    assert tests.shape == (2, 3, 21, 21)
+    found = sorted(zip(labels.tolist(), images[:, :, 5, 5].tolist()))
+    assert (0, [255, 0, 102]) in found and (1, [51] * 3) in found and (1, [10, 20, 30]) in found
+    assert tests[0].unique().tolist() == [255]
+    assert (loaded.mean, loaded.std) == data.IMAGENET[1:]
+    assert data.load("folder", root, 21, train=False).train is None
 
 
 def test_cifar_as_an_image_folder_has_the_published_statistics(tmp_path):

@@ -72,7 +72,8 @@ def test_an_objective(cuda, options):
     assert all(each.device.type == "cuda" for each in wrong)
 
 
-def test_both_views(cuda, monkeypatch):
+@pytest.mark.parametrize("area", [None, 0.35], ids=["in its memory", "photographs on the CPU"])
+def test_both_views(cuda, monkeypatch, area):
     """Rows 0 and 1 stand for those that each operation works on.
 
     Really they are chosen on the CPU, from numbers that a fake tensor has not.
@@ -81,9 +82,10 @@ def test_both_views(cuda, monkeypatch):
         assert self.device.type == "cpu", "a copy to the host"
         return torch.arange(2)[:, None]
     monkeypatch.setattr(torch.Tensor, "nonzero", chosen)
-    parts, sizes = batch(cuda), []
-    dataset = data.Dataset(parts, parts, list(map(str, range(C))), (.5, .5, .5), (.2, .2, .2), True)
-    for views, target in data.batches(dataset, 4, "both", 0, 1):
+    parts, sizes = batch(cuda if area is None else torch.device("cpu")), []
+    dataset = data.Dataset(parts, parts, list(map(str, range(C))), (.5, .5, .5), (.2, .2, .2), True,
+                           area)
+    for views, target in data.batches(dataset, 4, "both", 0, 1, device=cuda):
         assert [view.device.type for view in views] == ["cuda"] * 2 and target.device.type == "cuda"
         assert all(view.shape == (len(target), 3, S, S) and view.dtype == torch.float32
                    for view in views)

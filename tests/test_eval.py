@@ -188,3 +188,46 @@ def test_the_table_refuses_what_is_no_result(tmp_path, command, accuracies, conf
     write_run(tmp_path / "2-kd/seed0", accuracies, **dict(seed=0, image_size=16) | config)
     status, _, err = command(evaluation, "--table", tmp_path)
     assert status == 2 and culprit in err and "2-kd" in err and err.count("\n") == 1
+
+
+def test_a_published_network_is_measured_by_its_name(published, imagenet, command, tmp_path):
+    published("shufflenet_v2_x0_5", bias=1.0)
+    arguments = ("shufflenet_v2_x0_5", "--dataset", "imagenet", "--data-dir")
+    status, out, err = command(evaluation, *arguments, imagenet, "--json")
+    report = json.loads(out)
+    assert status == 0 and report["top1"] == 100 and report["n"] == 20 and "decoding" in err
+    assert next((tmp_path / "data").glob("*-val-256px-*.npy")).stat().st_size > 20 * 3 * 256 ** 2
+    status, out, err = command(evaluation, "resnet18", *arguments[1:], imagenet)
+    *_, line = err.splitlines()
+    assert status == 2 and line.startswith("eval.py: resnet18: cannot load resnet18-f37072fd.pth")
+
+
+def test_predict_names_the_likeliest_classes(published, colors, color_teacher, command, tmp_path):
+    files = [str(colors / f"val/{name}/{k}.png") for name in ("red", "blue") for k in (3, 4)]
+    status, out, err = command(evaluation, color_teacher, "--predict", *files, "--json")
+    report = json.loads(out)
+    assert status == 0 and [image["file"] for image in report] == files
+    for image, name in zip(report, ("red", "red", "blue", "blue")):
+        assert image["classes"][0][0] == name and len(image["classes"]) == 3
+        probabilities = [p for _, p in image["classes"]]
+        assert probabilities == sorted(probabilities, reverse=True)
+        assert sum(probabilities) == pytest.approx(1)
+    status, out, err = command(evaluation, color_teacher, "--predict", *files, "--device", "cpu")
+    assert status == 0 and out.splitlines()[0] == files[0]
+    assert out.splitlines()[1] == f"{100 * report[0]['classes'][0][1]:10.2f} %  red"
+    # ImageNet's classes have names of their own, and five are shown.
+    published("shufflenet_v2_x0_5", bias=9.0)
+    status, out, _ = command(evaluation, "shufflenet_v2_x0_5", "--predict", files[0])
+    assert status == 0 and out.splitlines()[1].endswith("%  tench") and len(out.splitlines()) == 6
+
+
+@pytest.mark.parametrize("files, culprit", [
+    (["missing.png"], "missing.png"), (["notes.txt"], "notes.txt"), (["."], "."),
+    ([], "--predict")])
+def test_predict_names_what_is_no_image(color_teacher, command, files, culprit):
+    open("notes.txt", "w").write("hello")
+    status, _, err = command(evaluation, color_teacher, "--predict", *files)
+    assert status == 2 and culprit in err and err.count("\n") == 1
+    torch.save(create_model("resnet8", 3).state_dict(), "bare.pt")
+    status, _, err = command(evaluation, "bare.pt", "--model", "resnet8", "--predict", "x.png")
+    assert status == 2 and err.startswith("eval.py: --predict: bare.pt does not say its classes")

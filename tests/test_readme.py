@@ -37,8 +37,13 @@ def constant_teacher(name, classes, path):
     torch.save(model.state_dict(), path)
 
 
-def test_every_command_runs(easy_glyphs, colors, color_teacher, command, tmp_path, monkeypatch):
+def test_every_command_runs(easy_glyphs, colors, color_teacher, imagenet, published, command,
+                            tmp_path):
     shutil.copytree(colors, "photos")
+    for name in ("a.jpg", "b.png"):
+        shutil.copy(colors / "val/red/0.png", name)
+    (tmp_path / "imagenet").symlink_to(imagenet)
+    published("resnet34", bias=1.0)
     shutil.copytree(ROOT / "results", "results")
     for k in range(100):
         for part, n in (("train", 1), ("test", 1 + 50 * (k == 0))):
@@ -54,7 +59,7 @@ def test_every_command_runs(easy_glyphs, colors, color_teacher, command, tmp_pat
                "cifar100": ["--data-dir", "cifar", "--epochs", 1, "--teacher-checkpoint",
                             "cifar100_resnet56.pth"],
                "folder": ["--epochs", 2, "--image-size", 16, "--teacher", "resnet8",
-                          "--teacher-checkpoint", color_teacher]}
+                          "--teacher-checkpoint", color_teacher, "--no-pretrained"]}
     ran = 0
     for line in COMMANDS:
         words = shlex.split(line, comments=True)
@@ -151,9 +156,10 @@ def test_each_committed_run_has_its_settings_and_every_epoch():
         assert [row["epoch"] for row in rows] == list(range(1, config["epochs"] + 1)), path
         assert (path.parent / "env.json").exists()
 
+
 def test_the_loss_in_ones_own_loop():
     """The README's six lines, on a batch of noise."""
-    loop, = re.findall(r"```python\n(.*?)```", README, re.S)
+    loop, _ = re.findall(r"```python\n(.*?)```", README, re.S)
     student, teacher = create_model("resnet8", 3), create_model("resnet8", 3).eval()
     before = [p.clone() for p in student.parameters()]
     optimizer = torch.optim.SGD(student.parameters(), 0.1)

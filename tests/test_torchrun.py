@@ -140,13 +140,18 @@ def test_a_process_that_dies_ends_the_run(start, tmp_path):
     assert torch.load(tmp_path / "run/last.pt", weights_only=True)["history"]
 
 
-def test_the_readmes_command(colors, color_teacher, tmp_path):
-    line, = re.findall(r"^torchrun [^#\n]*", (ROOT / "README.md").read_text("utf-8"), re.M)
-    words = line.split()
+@pytest.mark.parametrize("which", [0, 1])
+def test_the_readmes_commands(colors, color_teacher, tmp_path, which):
+    readme = (ROOT / "README.md").read_text("utf-8")
+    lines = re.findall(r"^torchrun ([^#\n]*) train.py ([^#\n]*)", readme, re.M)
+    assert len(lines) == 2
+    processes, flags = (part.split() for part in lines[which])
+    # The last of a flag counts.
     shorter = ("--dataset", "folder", "--data-dir", colors, "--image-size", 16, "--epochs", 1,
-               "--teacher", "resnet8", "--teacher-checkpoint", color_teacher)
-    done = subprocess.run([sys.executable, "-m", "torch.distributed.run", *words[1:3],
-                           ROOT / words[3], *words[4:], *map(str, shorter)],
+               "--student", "resnet8", "--teacher", "resnet8", "--teacher-checkpoint",
+               color_teacher)
+    done = subprocess.run([sys.executable, "-m", "torch.distributed.run", *processes,
+                           "--nproc-per-node", "2", ROOT / "train.py", *flags, *map(str, shorter)],
                           cwd=tmp_path, text=True, capture_output=True, timeout=2 * FOREVER)
     assert done.returncode == 0, done.stderr
     assert "in 2 processes" in done.stdout and done.stdout.count("last epoch") == 1

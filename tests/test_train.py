@@ -51,10 +51,40 @@ def test_the_default_is_sld_on_glyphs():
     assert (s.optimizer, s.schedule, s.warmup) == ("sgd", "cosine", 0.7)
 
 
+def test_imagenets_recipe_is_the_papers():
+    s = resolve(Settings(dataset="imagenet"))
+    assert (s.teacher, s.student) == ("resnet34", "resnet18")
+    assert (s.epochs, s.batch_size, s.lr) == (100, 512, 0.2)
+    assert (s.weight_decay, s.schedule, s.warmup, s.image_size) == (1e-4, "step", 0, 224)
+    assert (s.ce_weight, s.kd_weight, s.gamma, s.pretrained) == (0.5, 0.5, 62, False)
+    rates = [learning_rate(s, done) for done in (29.99, 30, 59.99, 60, 89.99, 90, 99.99)]
+    assert rates == pytest.approx([0.2, 0.02, 0.02, 0.002, 0.002, 2e-4, 2e-4])
+    assert "x0.1 after epoch 30, 60, 90, weight decay 0.0001" in train.in_words(s)
+    assert resolve(Settings(method="dkd", dataset="imagenet")).ce_weight == 1
+    assert resolve(Settings(method="ce", dataset="imagenet")).ce_weight is None
+
+
+def test_photographs_with_torchvisions_networks_are_fine_tuned():
+    theirs = dict(dataset="folder", teacher="resnet50", student="mobilenet_v3_small")
+    s = resolve(Settings(**theirs))
+    assert (s.pretrained, s.image_size, s.batch_size, s.optimizer) == (True, 224, 64, "sgd")
+    assert (s.epochs, s.lr, s.schedule, s.warmup, s.gamma) == (10, 0.01, "cosine", 1, 6)
+    s = resolve(Settings(**theirs, pretrained=False))
+    assert (s.pretrained, s.image_size, s.epochs, s.lr, s.schedule) == (False, 224, 60, 0.025,
+                                                                        "step")
+    assert resolve(Settings(**theirs | dict(student="vit_b_16"))).optimizer == "adamw"
+    ours = resolve(Settings(dataset="folder"))
+    assert (ours.pretrained, ours.image_size, ours.epochs) == (None, 64, 60)
+    # A small student of ours learns from theirs, at their size.
+    mixed = resolve(Settings(**theirs | dict(student="resnet20")))
+    assert (mixed.pretrained, mixed.image_size, mixed.epochs) == (True, 224, 60)
+
+
 def test_glyphs_has_tuned_rates_and_the_other_data_sets_the_published_ones():
     rates = {name: [resolve(Settings(method=method, dataset=name)).lr for method in train.METHODS]
              for name in data.DATASETS}
     assert rates.pop("glyphs") == [train.TUNED["sgd"]["lr"][method] for method in train.METHODS]
+    assert rates.pop("imagenet") == [0.2] * 5
     assert set(map(tuple, rates.values())) == {(0.05, 0.05, 0.025, 0.05, 0.05)}
     assert {resolve(Settings(dataset=name)).schedule for name in rates} == {"step"}
     assert resolve(Settings(lr=0.3, schedule="step", warmup=0.0)).lr == 0.3
@@ -129,9 +159,9 @@ def test_a_run_folder_describes_itself(short):
 def test_val_measures_on_a_tenth_that_is_not_trained_on(short, colors, command):
     images, labels = data.load("folder", colors, 16).train
     val = data.load("folder", colors, 16, evaluate="val")
-    rows = {image.numpy().tobytes() for image in images}
-    trained, measured = ({image.numpy().tobytes() for image in part[0]}
-                         for part in (val.train, val.test))
+    rows, trained = ({image.numpy().tobytes() for image in data.centre(part, 16)}
+                     for part in (images, val.train[0]))
+    measured = {image.numpy().tobytes() for image in val.test[0]}
     assert trained | measured == rows and not trained & measured
     assert (len(val.train[1]), len(val.test[1])) == (108, 12)
     history = run(short(evaluate="val"), "run")
@@ -259,8 +289,10 @@ def test_the_teacher_sees_the_very_tensors_that_the_student_sees(short, color_te
     dict(method="ce"), dict(method="kd"), dict(method="sld"),
     dict(method="sld", student="vit_nano"),
     dict(method="kd", optimizer="sgd", schedule="cosine"),
-    dict(method="ce", optimizer="adamw", schedule="step")],
-    ids=["ce", "kd", "sld", "sld-adamw-cosine", "kd-sgd-cosine", "ce-adamw-step"])
+    dict(method="ce", optimizer="adamw", schedule="step"),
+    # It has dropout.
+    dict(method="ce", student="squeezenet1_1", image_size=17, pretrained=False)],
+    ids=["ce", "kd", "sld", "sld-adamw-cosine", "kd-sgd-cosine", "ce-adamw-step", "dropout"])
 # Gamma and the first drop of the rate come after epoch 2.
 @pytest.mark.parametrize("stop", [1, 2])
 def test_resume_is_exact(short, change, stop, monkeypatch):
@@ -310,6 +342,60 @@ def test_the_teacher_is_trained_first_and_then_cached(colors, command, monkeypat
     *runs, teacher = sorted(os.listdir("runs"))
     assert runs == ["folder-sld-resnet8-seed0", "folder-sld-resnet8-seed0-2"]
     assert teacher.startswith(f"teacher-{colors.name}-16px-") and teacher.endswith("-resnet8")
+
+
+def test_a_pretrained_teacher_and_student_on_photographs(colors, command, published, monkeypatch):
+    monkeypatch.setitem(train.FINE_TUNING["sgd"], "epochs", 2)
+    monkeypatch.setitem(train.SIZES["folder"], "epochs", 2)
+    state, name = published("shufflenet_v2_x0_5"), "shufflenet_v2_x0_5"
+    arguments = ("--dataset", "folder", "--data-dir", colors, "--image-size", 16, "--device", "cpu")
+    status, out, err = command(train, *arguments, "--method", "ce", "--student", name, "--lr", 1e-9,
+                               "--epochs", 1, "--run-dir", "ce")
+    assert status == 0, err
+    said = f"student   {name} from torchvision's ImageNet weights, with a new last layer for 3"
+    assert said in out
+    trained = torch.load("ce/last.pt", weights_only=True)["model"]
+    weights = [key for key in state if key.endswith("weight") and not key.startswith("fc")]
+    assert all(torch.allclose(trained[key], state[key], atol=1e-6) for key in weights)
+    # It opens without a flag.
+    status, out, err = command(evaluation, "ce/last.pt")
+    assert status == 0 and "top1" in out, err
+    # A teacher is fine-tuned first, and is another one than without the weights.
+    monkeypatch.setattr(train, "measure", lambda *a: dict(top1=60.0, top5=100.0, nll=1.0))
+    for more, endings in (((), ["-pretrained"]), (["--no-pretrained"], ["", "-pretrained"])):
+        status, out, err = command(train, *arguments, "--teacher", name, "--student", name, *more,
+                                   "--method", "kd", "--batch-size", 32, "--epochs", 1)
+        assert status == 0 and out.count(said) == (0 if more else 2), err
+        teachers = [path.name for path in data.Path("runs").glob("teacher-*")]
+        # A digest of twelve figures comes before the ending.
+        assert {path.split("-16px-")[1][12:] for path in teachers} == {
+            f"{ending}-{name}" for ending in endings}
+
+
+def test_missing_weights_are_said_before_anything_is_trained(colors, command, published):
+    published("shufflenet_v2_x0_5")
+    status, out, err = command(train, "--dataset", "folder", "--data-dir", colors, "--student",
+                               "mobilenet_v3_small", "--teacher", "shufflenet_v2_x0_5",
+                               "--image-size", 32, "--device", "cpu")
+    # torch's own line about the download may come before.
+    *_, line = err.splitlines()
+    said = "train.py: mobilenet_v3_small: cannot load mobilenet_v3_small-047dcff4.pth"
+    assert status == 2 and line.startswith(said) and "Traceback" not in err
+    assert "hub/checkpoints" in line and not data.Path("runs").exists()
+
+
+def test_an_imagenet_teacher_is_used_as_published(imagenet, command, published):
+    published("shufflenet_v2_x0_5", bias=1.0)
+    arguments = ("--dataset", "imagenet", "--data-dir", imagenet, "--teacher", "shufflenet_v2_x0_5",
+                 "--student", "resnet8", "--image-size", 8, "--epochs", 2, "--method", "kd",
+                 "--device", "cpu", "--no-pretrained", "--run-dir", "run")
+    status, out, err = command(train, *arguments)
+    assert status == 0, err
+    assert "teacher   shufflenet_v2_x0_5 from torchvision: 100.00 % test top-1" in out
+    assert "1000 training and 20 test images, 1000 classes, 8 px" in out
+    assert not data.Path("runs").exists()
+    status, out, err = command(train, "--resume", "--run-dir", "run")
+    assert status == 0, err
 
 
 def test_a_run_from_before_there_was_a_validation_part_goes_on(short):

@@ -1,0 +1,167 @@
+"""An image folder as one uint8 array on disk, decoded once and then mapped into memory.
+
+The array is found again by a digest of the files' names, sizes and times.
+"""
+import contextlib
+import errno
+import hashlib
+import math
+import os
+import shutil
+import warnings
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import filelock
+import numpy as np
+import torch
+from PIL import Image, ImageOps
+from torchvision import datasets
+from tqdm import tqdm
+
+# Where the arrays are kept. The version changes with what is in them.
+CACHE, VERSION = Path("data"), "v1"
+
+
+class UserError(ValueError):
+    """Something the user can mend: one line that names the flag or file and says what to do."""
+
+
+def class_names(folder):
+    try:
+        return sorted(entry.name for entry in os.scandir(folder) if entry.is_dir())
+    except OSError as error:
+        raise UserError(f"{folder}: cannot be read ({error.strerror})")
+
+
+def scan(folder, classes):
+    """(paths, labels) of the images in folder/<class>/.
+
+    classes: all that there may be, in the order of the labels.
+    """
+    Image.init()
+    endings = tuple(end for end, form in Image.registered_extensions().items()
+                    if form in Image.OPEN)
+    try:
+        found = datasets.DatasetFolder(folder, loader=None, extensions=endings)
+    except FileNotFoundError as error:
+        reason = str(error).split(" Supported extensions")[0].rstrip(".")
+        raise UserError(f"{folder}: {reason}; every class needs a folder with at least one image")
+    except OSError as error:
+        raise UserError(f"{folder}: cannot be read ({error.strerror})")
+    extra = sorted(set(found.classes) - set(classes))
+    if extra:
+        raise UserError(f"{folder}: class {extra[0]!r} has no folder in the training part")
+    label = [classes.index(name) for name in found.classes]
+    return [path for path, _ in found.samples], torch.tensor([label[k] for _, k in found.samples])
+
+
+def read_image(path, side):
+    """(3, side, side) uint8 of an image file: first frame, upright, 8 bits, its middle square."""
+    try:
+        with Image.open(path) as image:
+            # A JPEG far larger than needed is decoded at a half, a quarter or an eighth.
+            image.draft(None, (2 * side, 2 * side))
+            image = ImageOps.exif_transpose(image)
+            # Of 16 bits: convert("RGB") would clip them to white.
+            if image.mode.startswith("I"):
+                image = Image.fromarray((np.asarray(image).clip(0, 65535) // 256).astype(np.uint8))
+            w, h = image.size
+            x, y = (w - min(w, h)) / 2, (h - min(w, h)) / 2
+            image = image.convert("RGB").resize((side, side), Image.Resampling.BILINEAR,
+                                                box=(x, y, w - x, h - y))
+            return np.ascontiguousarray(np.asarray(image).transpose(2, 0, 1))
+    except (OSError, ValueError, SyntaxError, EOFError, Image.DecompressionBombError) as error:
+        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+        raise UserError(f"{path}: not a readable image ({reason}); mend or remove it")
+
+
+def digest(folder, paths, side):
+    """Of the names below `folder`, sizes and times of the files: the same for the same images."""
+    hashed = hashlib.sha256(f"{VERSION} {side}".encode())
+    for path in paths:
+        try:
+            about = os.stat(path)
+        except OSError as error:
+            raise UserError(f"{path}: not a readable image ({error.strerror}); mend or remove it")
+        name = os.fsencode(path.removeprefix(str(folder)))
+        hashed.update(b"%b\0%d %d\0" % (name, about.st_size, about.st_mtime_ns))
+    return hashed.hexdigest()[:12]
+
+
+def decoded(folder, paths, side, digest):
+    """(N, 3, side, side) uint8 of the image files `paths` of `folder`, mapped from a file in CACHE.
+
+    Where that is not there, they are decoded into it first. Raises UserError for an image that
+    cannot be read, and for a full disk.
+    """
+    path = CACHE / f"{folder.resolve().parent.name}-{folder.name}-{side}px-{digest}.npy"
+    shape = len(paths), 3, side, side
+    need = f"{math.prod(shape)} bytes ({math.prod(shape) / 2 ** 30:.1f} GiB)"
+    try:
+        if not _whole(path):
+            CACHE.mkdir(parents=True, exist_ok=True)
+            with _alone():
+                # Another process may have been at it.
+                if not _whole(path):
+                    free = shutil.disk_usage(CACHE).free
+                    if free < math.prod(shape):
+                        raise OSError(errno.ENOSPC, f"only {free} bytes are free")
+                    _decode(paths, shape, path)
+        # Read-only, since a private writable map would count against the memory; torch warns.
+        with warnings.catch_warnings(action="ignore"):
+            return torch.from_numpy(np.load(path, mmap_mode="r"))
+    except OSError as error:
+        raise UserError(f"{path}: {error.strerror or error}; the decoded images need {need} there; "
+                        "make room, or give a smaller --image-size")
+
+
+def _whole(path):
+    try:
+        np.load(path, mmap_mode="r")
+        return True
+    # Not there, or damaged.
+    except (FileNotFoundError, ValueError, EOFError):
+        return False
+
+
+def _alone():
+    """A context in which no other process decodes, however it ends.
+
+    A file system that knows no locks keeps nobody out.
+    """
+    lock = filelock.FileLock(CACHE / "decoding.lock")
+    try:
+        try:
+            return lock.acquire(blocking=False)
+        except filelock.Timeout:
+            print(f"waiting for the process that decodes images into {CACHE}", flush=True)
+            return lock.acquire()
+    except (OSError, NotImplementedError):
+        return contextlib.nullcontext()
+
+
+def _decode(paths, shape, path):
+    """The images into the file `path`, which is whole at any moment."""
+    # A killed process left them.
+    for left_over in CACHE.glob("*px-*.npy.*.tmp"):
+        left_over.unlink()
+    print(f"decoding {len(paths)} images into {path}", flush=True)
+    temporary = path.with_name(f"{path.name}.{os.getpid()}.tmp")
+    try:
+        # Written, not mapped: a full disk would end a process that writes to a map. Threads, since
+        # Pillow decodes without the GIL; so many images at a time that few wait in memory.
+        with (open(temporary, "wb") as file, ThreadPoolExecutor() as pool,
+              warnings.catch_warnings(action="ignore"),
+              tqdm(total=len(paths), unit=" images", leave=False, disable=None) as bar):
+            header = dict(descr="|u1", fortran_order=False, shape=shape)
+            np.lib.format.write_array_header_1_0(file, header)
+            for at in range(0, len(paths), 512):
+                for image in pool.map(lambda path: read_image(path, shape[-1]), paths[at:at + 512]):
+                    file.write(image)
+                    bar.update()
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
