@@ -85,8 +85,8 @@ class Settings:
     temperature: float = setting("T of dkd and rld; 4", float, POSITIVE)
     alpha_temperature: float = setting("T of the label's part of rld; 1", float, POSITIVE)
     kd_warmup: float = setting("epochs until dkd and rld count in full; 20 of 240", float, POSITIVE)
-    epochs: int = setting("240 on CIFAR, 100 on imagenet, 60 on a folder, pretrained 10, 7 on "
-                          "glyphs, 14 there with adamw", int, POSITIVE)
+    epochs: int = setting("240 on CIFAR, 100 on imagenet, 60 on a folder, pretrained 10, 8 on "
+                          "glyphs, 16 there with adamw", int, POSITIVE)
     batch_size: int = setting("images a step; default 64, on imagenet 512", int, POSITIVE)
     optimizer: str = setting("sgd, with momentum 0.9; adamw for a ViT", choices=("sgd", "adamw"))
     lr: float = setting("0.05, for sld 0.025; with adamw 0.001; own ones on glyphs, on imagenet "
@@ -116,7 +116,7 @@ METHODS = {
     "rld": dict(views="weak", lr=0.05),
 }
 SIZES = {
-    "glyphs": dict(teacher="resnet14", student="resnet8", epochs=7, batch_size=64),
+    "glyphs": dict(teacher="resnet14", student="resnet8", epochs=8, batch_size=64),
     "cifar10": dict(teacher="resnet56", student="resnet20", epochs=240, batch_size=64),
     "cifar100": dict(teacher="resnet56", student="resnet20", epochs=240, batch_size=64),
     "folder": dict(teacher="resnet20", student="resnet8", epochs=60, batch_size=64),
@@ -131,7 +131,7 @@ OPTIMIZERS = {
 # For glyphs, on its validation part: results/tuning.
 TUNED = {
     "sgd": dict(lr=dict(ce=0.4, kd=0.4, sld=0.1, dkd=0.4, rld=0.4), schedule="cosine", warmup=None),
-    "adamw": dict(lr=dict.fromkeys(METHODS, 1e-3), epochs=14),
+    "adamw": dict(lr=dict.fromkeys(METHODS, 1e-3), epochs=16),
 }
 # For ImageNet the released code's; for pretrained networks on a folder usual values, not tuned.
 IMAGENET = {"sgd": dict(lr=0.2, weight_decay=1e-4), "adamw": {}}

@@ -6,6 +6,7 @@ depend on --jobs. Logs go to results/GROUP/<row>/seed<k>; weights stay beside th
 """
 import argparse
 import os
+import shutil
 import subprocess
 import sys
 from concurrent.futures import ThreadPoolExecutor
@@ -46,7 +47,7 @@ GROUPS = {
                         for lr in (0.1, 0.2, 0.4, 0.8)}, range(1)),
     "tuning-vit": (grid(VIT_GRID, "--student vit_nano"), range(1)),
     "recipes": (recipes(), range(3)),
-    "recipes-twice": (recipes(more="--epochs 14"), range(1)),
+    "recipes-twice": (recipes(more="--epochs 16"), range(1)),
     "recipes-vit": (recipes(more="--student vit_nano"), range(1)),
     "vit-teacher": ({"1-vit_nano": "--method ce --student vit_nano"}, range(1)),
 }
@@ -54,21 +55,25 @@ GROUPS = {
 
 def make(folder, flags, seed):
     threads = "2" if folder.endswith("2-thread") else "1"
-    folder = f"{folder}/seed{seed}"
+    folder, logs = f"{folder}/seed{seed}", f"{folder}/seed{seed}"
+    if (ROOT / folder / "metrics.jsonl").exists():
+        config, rows = evaluation.read_run(ROOT / folder)
+        if len(rows) == config["epochs"]:
+            # A teacher's weights are needed, of the others the logs are enough.
+            if not folder.startswith("results/teachers/") or (ROOT / folder / "last.pt").exists():
+                print(f"{folder}: is there", flush=True)
+                return 0
+            # Not in git: made again, elsewhere, and put beside their logs.
+            folder = f"runs/{folder.replace('/', '-')}"
     start = [*flags.split(), "--seed", str(seed)]
     if (ROOT / folder / "config.json").exists():
         start = ["--resume"]
-    # A teacher's weights are needed, of the others the logs are enough.
-    needed = "last.pt" if folder.startswith("results/teachers/") else "metrics.jsonl"
-    if (ROOT / folder / needed).exists():
-        config, rows = evaluation.read_run(ROOT / folder)
-        if len(rows) == config["epochs"]:
-            print(f"{folder}: is there", flush=True)
-            return 0
-    with open(ROOT / f"{folder}.out".replace("/", "-").replace("results-", "runs/"), "w") as out:
+    with open(ROOT / "runs" / f"{folder}.out".replace("/", "-"), "w") as out:
         done = subprocess.run([sys.executable, "train.py", *start, "--run-dir", folder], cwd=ROOT,
                               stdout=out, stderr=subprocess.STDOUT,
                               env=os.environ | dict(OMP_NUM_THREADS=threads))
+    if done.returncode == 0 and folder != logs:
+        shutil.copy(ROOT / folder / "last.pt", ROOT / logs)
     result = "done" if done.returncode == 0 else f"status {done.returncode}, see {out.name}"
     print(f"{folder}: {result}", flush=True)
     return done.returncode
