@@ -122,15 +122,15 @@ SIZES = {
     "folder": dict(teacher="resnet20", student="resnet8", epochs=60, batch_size=64),
     "imagenet": dict(teacher="resnet34", student="resnet18", epochs=100, batch_size=512),
 }
-# Where the teacher that is trained first takes longer than a student.
-TEACHER_EPOCHS = {"glyphs": 12}
+# Where the teacher that is trained first has a recipe of its own: results/tuning-teacher.
+TEACHERS = {"glyphs": dict(epochs=12, lr=0.2)}
 OPTIMIZERS = {
     "sgd": dict(schedule="step", weight_decay=5e-4, warmup=0.0),
     "adamw": dict(schedule="cosine", weight_decay=0.05, lr=1e-3),
 }
 # For glyphs, on its validation part: results/tuning.
 TUNED = {
-    "sgd": dict(lr=dict(ce=0.4, kd=0.4, sld=0.1, dkd=0.4, rld=0.4), schedule="cosine", warmup=None),
+    "sgd": dict(lr=dict(ce=0.8, kd=0.4, sld=0.1, dkd=0.4, rld=0.4), schedule="cosine", warmup=None),
     "adamw": dict(lr=dict.fromkeys(METHODS, 1e-3), epochs=16),
 }
 # For ImageNet the released code's; for pretrained networks on a folder usual values, not tuned.
@@ -620,7 +620,7 @@ def cached_teacher(s, data):
         mine = dataclasses.replace(
             mine, method="ce", dataset=s.dataset, image_size=s.image_size, student=s.teacher,
             evaluate=s.evaluate, amp=s.amp, batch_size=batch_size, pretrained=pretrained,
-            epochs=TEACHER_EPOCHS.get(s.dataset))
+            **TEACHERS.get(s.dataset, {}))
     elif (folder / "metrics.jsonl").exists():
         config, rows = read_run(folder)
         if len(rows) == config["epochs"]:
