@@ -42,7 +42,7 @@ GROUPS = {
     "stability": ({f"{name}-{n}-thread": f"{ALONE} {flag}"
                    for name, flag in (("float32", "--no-amp"), ("bfloat16", "--amp"))
                    for n in (1, 2)}, range(3)),
-    "tuning": (grid(GRID), range(1)),
+    "tuning": (grid(GRID), range(3)),
     # The rate of 0.2 is teachers/glyphs-val.
     "tuning-teacher": ({f"resnet14-lr{lr:g}": f"{ALONE} --evaluate val --lr {lr:g}"
                         for lr in (0.1, 0.4, 0.8)}, range(1)),
