@@ -10,7 +10,6 @@ import math
 import os
 import urllib.error
 import warnings
-import zipfile
 from pathlib import Path
 
 import matplotlib
@@ -33,7 +32,7 @@ class Dataset:
     that networks see; held out of the training images where evaluate="val". classes: the C class
     names. mean, std: of RGB in [0, 1]. flip: whether a mirror image keeps its class. area: the
     least share of a photograph that its random crop keeps; None for images that are padded and
-    cropped. digest: of the training files, where there are any.
+    cropped. digests: of the training files and of the test files, where there are any.
     """
     train: tuple
     test: tuple
@@ -42,7 +41,7 @@ class Dataset:
     std: tuple
     flip: bool
     area: float = None
-    digest: str = None
+    digests: tuple = None
 
 
 # --- Views ----------------------------------------------------------------------------------------
@@ -492,8 +491,12 @@ def _load_glyphs(root, train):
     try:
         with np.load(path) as cached:
             arrays = [torch.from_numpy(cached[name]) for name in names]
-    except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile):
-        # Not there yet, or damaged.
+        for n, x, y in ((GLYPHS_TRAIN, *arrays[:2]), (GLYPHS_TEST, *arrays[2:])):
+            if ((x.shape, x.dtype) != ((n, 3, GLYPHS_SIZE, GLYPHS_SIZE), torch.uint8)
+                    or (y.shape, y.dtype) != ((n,), torch.int64) or y.max() >= len(GLYPHS)):
+                raise ValueError
+    # Not there yet, or damaged, which can raise nearly anything.
+    except Exception:
         print(f"rendering the glyphs data set into {path}", flush=True)
         arrays = [*render_glyphs(GLYPHS_TRAIN, seed=1), *render_glyphs(GLYPHS_TEST, seed=2)]
         root.mkdir(parents=True, exist_ok=True)
@@ -538,16 +541,16 @@ def _load_folder(name, root, image_size, train):
     test_paths, test_labels = folders.scan(test_folder, classes)
 
     side = stored_side(image_size) if name in AREAS else image_size
-    train_part = digest = None
+    digests = [folders.digest(test_folder, test_paths, side)]
+    train_part = None
     if train:
         paths, labels = folders.scan(train_folder, classes)
-        digest = folders.digest(train_folder, paths, side)
+        digests.insert(0, folders.digest(train_folder, paths, side))
         if name in AREAS:
             # In a random order, of which hold_out takes the head.
             order = torch.randperm(len(paths), generator=torch.Generator().manual_seed(0))
             paths, labels = [paths[i] for i in order], labels[order]
-        train_part = folders.decoded(train_folder, paths, side, digest), labels
-    test = folders.decoded(test_folder, test_paths, side,
-                           folders.digest(test_folder, test_paths, side))
+        train_part = folders.decoded(train_folder, paths, side, digests[0]), labels
+    test = folders.decoded(test_folder, test_paths, side, digests[-1])
     return Dataset(train_part, (centre(test, image_size), test_labels), classes, mean, std,
-                   flip=True, area=AREAS.get(name), digest=digest)
+                   flip=True, area=AREAS.get(name), digests=tuple(digests))

@@ -20,9 +20,10 @@ import torch.nn.functional as F
 import torchvision
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
+from torchvision.transforms.v2 import functional as F_vision
 
-from data import AREAS, DATASETS, UserError, centre, load, normalize, stored_side
-from folders import read_image
+from data import AREAS, DATASETS, centre, load, normalize, stored_side
+from folders import UserError, blaming, read_image
 from models import MODELS, TORCHVISION, check_name, check_size, create_model
 
 
@@ -34,10 +35,8 @@ def read_checkpoint(path):
     if not path.is_file() and str(path) in TORCHVISION:
         preset = torchvision.models.get_model_weights(str(path)).DEFAULT.transforms()
         size = preset.crop_size[0]
-        try:
+        with blaming(""):
             model = create_model(str(path), 1000, size, pretrained=True)
-        except ValueError as error:
-            raise UserError(str(error))
         return dict(architecture=str(path), image_size=size, dataset="imagenet",
                     mean=tuple(preset.mean), std=tuple(preset.std), model=model.state_dict())
     if not path.is_file():
@@ -61,8 +60,9 @@ def load_model(path, name=None, data=None):
     name of a torchvision network, as published.
 
     name: the architecture; needed for a foreign file. data: a Dataset that the network has to fit:
-    its classes, and its image size. Only tensors and plain types are unpickled. Raises UserError
-    for a file that is missing, damaged, no checkpoint, or of another network or data.
+    its classes, and its image size; images normalised as this data says are then what it takes,
+    whatever it was trained with. Only tensors and plain types are unpickled. Raises UserError for a
+    file that is missing, damaged, no checkpoint, or of another network or data.
     """
     path = Path(path)
     checkpoint = read_checkpoint(path)
@@ -79,7 +79,7 @@ def load_model(path, name=None, data=None):
     if name is None:
         raise UserError(f"{path}: does not say which network it is; name it with --model")
     size = checkpoint.get("image_size", 224 if name in TORCHVISION else 32)
-    try:
+    with blaming(f"{path}: "):
         # The last parameter is the classifier's: C numbers, or C rows.
         *_, last = create_model(name, 2, size).state_dict()
         head = state.get(last)
@@ -87,8 +87,6 @@ def load_model(path, name=None, data=None):
             raise ValueError(f"no classifier weights ({last}), so not a {name}")
         C = len(head)
         model = create_model(name, C, size)
-    except (ValueError, TypeError) as error:
-        raise UserError(f"{path}: {error}")
     expected = model.state_dict()
     wrong = sorted(expected.keys() ^ state.keys())
     wrong = wrong or [k for k in expected if expected[k].shape != getattr(state[k], "shape", None)]
@@ -105,11 +103,24 @@ def load_model(path, name=None, data=None):
         if checkpoint.get("classes", data.classes) != data.classes:
             raise UserError(f"{path}: was trained on other classes than the data's "
                             f"{data.classes[:3]}…")
-        try:
-            check_size(name, data.test[0].shape[-1], made_for=size)
-        except ValueError:
-            raise UserError(f"{path}: a {name} for {size} px, the images have "
-                            f"{data.test[0].shape[-1]}; give another checkpoint or --image-size")
+        side = data.test[0].shape[-1]
+        with blaming(f"{path}: a {name} for {size} px, the images have {side}; give another "
+                     "checkpoint or --image-size; "):
+            # A file of train.py was trained at one size; a published network is used at many.
+            if "classes" in checkpoint and size != side:
+                raise ValueError("it was trained at no other")
+            check_size(name, side, made_for=size)
+        with blaming(f"{path}: mean and std: "):
+            ours = torch.tensor([data.mean, data.std], dtype=torch.float64)
+            own = torch.tensor([checkpoint.get("mean", data.mean), checkpoint.get("std", data.std)],
+                               dtype=torch.float64)
+            if own.shape != ours.shape or not (own.isfinite().all() and own[1].min() > 0):
+                raise ValueError("not three numbers each")
+        if not torch.equal(own, ours):
+            print(f"{path}: sees images normalised as it was trained, by mean and std "
+                  f"{own.tolist()}, not by the data's {ours.tolist()}")
+            mean, std = ((own[0] - ours[0]) / ours[1]).tolist(), (own[1] / ours[1]).tolist()
+            model.register_forward_pre_hook(lambda _, x: (F_vision.normalize(x[0], mean, std),))
     return model.eval(), checkpoint
 
 
@@ -226,10 +237,14 @@ def read_rows(folder):
         if len(epochs) != config.get("epochs", len(epochs)):
             raise UserError(f"--table: {run} has {len(epochs)} of {config['epochs']} epochs; go on "
                             "with it, or take it out")
-        env = json.loads((run / "env.json").read_text()) if (run / "env.json").exists() else {}
+        try:
+            env = json.loads((run / "env.json").read_text("utf-8"))
+            images = env.get("data") and tuple(env["data"])
+        except (OSError, ValueError, AttributeError, TypeError):
+            env, images = {}, None
         about = {k: config.get(k) for k in ALIKE} | {
             "evaluate": part_of(config), "epochs": len(epochs),
-            "teacher's digest": env.get("teacher_digest")}
+            "teacher's digest": env.get("teacher_digest"), "images": images}
         for key, value in about.items():
             if value is not None:
                 alike.setdefault(key, {}).setdefault(value, []).append(str(run))
@@ -358,7 +373,7 @@ def plot(folders):
 
 def evaluate(args):
     """{metric: value} of the checkpoint, and of how it stands to a teacher, where one is given."""
-    device = pick_device(args.device)
+    device = pick_device(args.device or "auto")
     # Read twice, since the file says which data it has to fit.
     _, checkpoint = load_model(args.checkpoint, args.model)
     dataset = args.dataset or checkpoint.get("dataset")
@@ -367,22 +382,22 @@ def evaluate(args):
                         "--dataset and --data-dir")
     size = 224 if args.model in TORCHVISION and dataset in AREAS else None
     data = load(dataset, args.data_dir or checkpoint.get("data_dir", "data"),
-                checkpoint.get("image_size", size), train=False)
+                args.image_size or checkpoint.get("image_size", size), train=False)
     images, labels = data.test
-    model, _ = load_model(args.checkpoint, args.model, data)
-    mean, std = (checkpoint.get(key, getattr(data, key)) for key in ("mean", "std"))
-    logits = predict(model.to(device), images, mean, std)
+
+    def logits_of(path, name):
+        return predict(load_model(path, name, data)[0].to(device), images, data.mean, data.std)
+    logits = logits_of(args.checkpoint, args.model)
     report = measure(logits, labels)
     if args.teacher_checkpoint:
-        teacher, _ = load_model(args.teacher_checkpoint, args.teacher, data)
-        report |= inheritance(logits, predict(teacher.to(device), images, mean, std), labels)
+        report |= inheritance(logits, logits_of(args.teacher_checkpoint, args.teacher), labels)
     return report
 
 
 def classify(args):
     """[{"file", "classes": [[name, probability], …]}]: the five likeliest classes of each image."""
-    device = pick_device(args.device)
-    model, checkpoint = load_model(args.checkpoint, args.model)
+    device = pick_device(args.device or "auto")
+    model, checkpoint = load_model(args.checkpoint)
     if "mean" not in checkpoint:
         raise UserError(f"--predict: {args.checkpoint} does not say its classes; give a file of "
                         "train.py, or the name of a torchvision network")
@@ -409,29 +424,36 @@ def main():
         f"{', '.join(MODELS)}, or a classifier of torchvision.models")
     add("--dataset", choices=DATASETS)
     add("--data-dir", metavar="DIR")
+    add("--image-size", type=int, metavar="PX", help="side of photographs for a foreign "
+        "checkpoint; default 64, for torchvision's networks 224")
     add("--predict", nargs="+", metavar="IMAGE", help="the five likeliest classes of each image")
     add("--teacher-checkpoint", metavar="FILE", help="also compare with this teacher")
     add("--teacher", metavar="NAME", help="architecture of a foreign teacher")
-    add("--device", default="auto", choices=("auto", "cpu", "cuda", "mps"), help="default auto")
+    add("--device", choices=("auto", "cpu", "cuda", "mps"), help="default auto")
     add("--json", action="store_true", help="print one JSON object")
     add("--table", metavar="DIR", help="print the results table of the runs DIR/<row>/<seed>")
     add("--against", metavar="ROW", help="compare each row with this one instead of the row above")
     add("--plot", nargs="+", metavar="RUN", help="draw runs over each other, into curves.png")
     args = parser.parse_args()
     try:
-        if args.predict and not args.checkpoint:
-            raise UserError("--predict: give a CHECKPOINT, or a network's name, before it")
-        if sum(map(bool, (args.table, args.checkpoint, args.plot))) != 1:
-            raise UserError("give either a CHECKPOINT, or --table DIR, or --plot RUN")
+        modes = [mode for mode in ("table", "plot", "checkpoint") if getattr(args, mode)]
+        if len(modes) != 1:
+            raise UserError("give either a CHECKPOINT, also for --predict, or --table DIR, or "
+                            "--plot RUN")
+        mode = "predict" if args.predict else modes[0]
+        used = {"table": "against", "plot": "", "predict": "checkpoint device json", "checkpoint":
+                "model dataset data_dir image_size teacher_checkpoint teacher device json"}[mode]
+        for name, value in vars(args).items():
+            if value not in (None, False) and name not in (mode, *used.split()):
+                raise UserError(f"--{name.replace('_', '-')}: has no effect with "
+                                f"{'a ' if mode == 'checkpoint' else '--'}{mode}; leave it out")
         if args.teacher and not args.teacher_checkpoint:
             raise UserError("--teacher: names the network of --teacher-checkpoint; give both")
-        if args.against and not args.table:
-            raise UserError("--against: names a row of --table; give both")
+        if args.image_size is not None and not 1 <= args.image_size <= 10 ** 6:
+            raise UserError(f"--image-size {args.image_size}: must be from 1 to a million")
         for given, name in (("--model", args.model), ("--teacher", args.teacher)):
-            try:
+            with blaming(f"{given} "):
                 check_name(name or "resnet8")
-            except ValueError as error:
-                raise UserError(f"{given} {error}")
         if args.table:
             print(table(args.table, args.against))
             return
@@ -444,6 +466,8 @@ def main():
             report = classify(args) if args.predict else evaluate(args)
     except UserError as error:
         parser.exit(2, f"eval.py: {error}\n")
+    except OSError as error:
+        parser.exit(2, f"eval.py: {error.filename or 'the output'}: {error.strerror or error}\n")
     if args.json:
         print(json.dumps(report))
     elif args.predict:

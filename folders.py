@@ -16,15 +16,29 @@ import filelock
 import numpy as np
 import torch
 from PIL import Image, ImageOps
-from torchvision import datasets
 from tqdm import tqdm
 
 # Where the arrays are kept. The version changes with what is in them.
-CACHE, VERSION = Path("data"), "v1"
+CACHE, VERSION = Path("data"), "v2"
 
 
 class UserError(ValueError):
     """Something the user can mend: one line that names the flag or file and says what to do."""
+
+    def __str__(self):
+        # A file's name may hold a line break.
+        return "".join(c if c.isprintable() else repr(c)[1:-1] for c in super().__str__())
+
+
+@contextlib.contextmanager
+def blaming(what):
+    """A ValueError raised within becomes a UserError that begins with `what`, a flag or a file."""
+    try:
+        yield
+    except UserError:
+        raise
+    except (ValueError, TypeError) as error:
+        raise UserError(f"{what}{error}")
 
 
 def class_names(folder):
@@ -39,21 +53,47 @@ def scan(folder, classes):
 
     classes: all that there may be, in the order of the labels.
     """
+    extra = sorted(set(class_names(folder)) - set(classes))
+    if extra:
+        raise UserError(f"{folder}: class {extra[0]!r} has no folder in the training part")
+    paths, labels = [], []
+    for name in class_names(folder):
+        found = list(_image_files(os.path.join(folder, name)))
+        if not found:
+            raise UserError(f"{folder}: class {name!r} has no image; every class needs at least "
+                            "one, in a format that Pillow reads")
+        paths += found
+        labels += [classes.index(name)] * len(found)
+    return paths, torch.tensor(labels)
+
+
+def _image_files(top):
+    """The paths of the image files below a class's folder, in order, those that are linked too."""
     Image.init()
     endings = tuple(end for end, form in Image.registered_extensions().items()
                     if form in Image.OPEN)
+    seen = {os.path.realpath(top)}
     try:
-        found = datasets.DatasetFolder(folder, loader=None, extensions=endings)
-    except FileNotFoundError as error:
-        reason = str(error).split(" Supported extensions")[0].rstrip(".")
-        raise UserError(f"{folder}: {reason}; every class needs a folder with at least one image")
+        for folder, inner, files in os.walk(top, onerror=_raise, followlinks=True):
+            real = {name: os.path.realpath(os.path.join(folder, name)) for name in sorted(inner)}
+            # A link to a folder around this one, or to one that was seen, would repeat its images.
+            inner[:] = [name for name, path in real.items()
+                        if path not in seen and not any(p.startswith(path + os.sep) for p in seen)]
+            seen.update(real[name] for name in inner)
+            for name in sorted(files):
+                path = os.path.join(folder, name)
+                if not name.lower().endswith(endings):
+                    continue
+                # Reading a pipe would wait for ever.
+                if not os.path.isfile(path):
+                    raise UserError(f"{path}: not a readable image (no file); mend or remove it")
+                yield path
     except OSError as error:
-        raise UserError(f"{folder}: cannot be read ({error.strerror})")
-    extra = sorted(set(found.classes) - set(classes))
-    if extra:
-        raise UserError(f"{folder}: class {extra[0]!r} has no folder in the training part")
-    label = [classes.index(name) for name in found.classes]
-    return [path for path, _ in found.samples], torch.tensor([label[k] for _, k in found.samples])
+        raise UserError(f"{error.filename}: cannot be read ({error.strerror})")
+
+
+def _raise(error):
+    raise error
 
 
 def read_image(path, side):
@@ -62,16 +102,25 @@ def read_image(path, side):
         with Image.open(path) as image:
             # A JPEG far larger than needed is decoded at a half, a quarter or an eighth.
             image.draft(None, (2 * side, 2 * side))
+            known = image.format in ("PNG", "PPM")
             image = ImageOps.exif_transpose(image)
-            # Of 16 bits: convert("RGB") would clip them to white.
-            if image.mode.startswith("I"):
+            if image.mode.startswith(("I", "F")):
+                # More than 8 bits. Elsewhere the brightest value can be anything.
+                if not known:
+                    raise ValueError(f"its range of brightness is not known, mode {image.mode}; "
+                                     "save it with 8 bits")
                 image = Image.fromarray((np.asarray(image).clip(0, 65535) // 256).astype(np.uint8))
+            if image.has_transparency_data:
+                # Convert("RGB") would show the colour that is hidden under a transparent pixel.
+                image = image.convert("RGBA")
+                image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
             w, h = image.size
             x, y = (w - min(w, h)) / 2, (h - min(w, h)) / 2
             image = image.convert("RGB").resize((side, side), Image.Resampling.BILINEAR,
                                                 box=(x, y, w - x, h - y))
             return np.ascontiguousarray(np.asarray(image).transpose(2, 0, 1))
-    except (OSError, ValueError, SyntaxError, EOFError, Image.DecompressionBombError) as error:
+    # Of a damaged file, Pillow's plug-ins raise nearly anything.
+    except Exception as error:
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__
         raise UserError(f"{path}: not a readable image ({reason}); mend or remove it")
 

@@ -32,16 +32,20 @@ from torch.nn.parallel import DistributedDataParallel
 from tqdm import tqdm
 
 import losses
-from data import DATASETS, SIDES, UserError, batches, load
+from data import DATASETS, SIDES, batches, load
 from eval import FREE, GONE, load_model, measure, pick_device, plot, predict, read_run
+from folders import UserError, blaming
 from models import MODELS, TORCHVISION, check_name, check_size, create_model
 from swap import misclassified
 
 # --- Settings -------------------------------------------------------------------------------------
-# Bounds: in words, and as a test of one number.
-POSITIVE = "above 0", lambda v: 0 < v < math.inf
-NOT_NEGATIVE = "at least 0", lambda v: 0 <= v < math.inf
-FINITE = "a finite number", math.isfinite
+# Bounds: in words, and as a test of one number. Numbers beyond them overflow, or train nothing.
+COUNT = "from 1 to a billion", lambda v: 1 <= v <= 10 ** 9
+POSITIVE = "above 0, at most a million", lambda v: 0 < v <= 10 ** 6
+NOT_NEGATIVE = "from 0 to a million", lambda v: 0 <= v <= 10 ** 6
+TEMPERATURE = "from 0.01 to 10000", lambda v: 0.01 <= v <= 10 ** 4
+LOGIT = "from -10000 to 10000", lambda v: abs(v) <= 10 ** 4
+DECAY = "from 0 to 1", lambda v: 0 <= v <= 1
 SEED = "from 0 to 2^32 - 1", lambda v: 0 <= v < 2 ** 32
 
 
@@ -57,7 +61,7 @@ class Settings:
     dataset: str = setting("default glyphs, rendered here, no download", choices=DATASETS)
     data_dir: str = setting("where the data is or is cached; default data", metavar="DIR")
     image_size: int = setting("side in pixels, for folder and imagenet; 224, on a folder with our "
-                              "own networks 64", int, POSITIVE, metavar="PX")
+                              "own networks 64", int, COUNT, metavar="PX")
     evaluate: str = setting("measure on the test part, or on val, a tenth of the training images, "
                             "which is then not trained on; default test", choices=("test", "val"))
     teacher: str = setting("teacher network", metavar="NAME")
@@ -69,30 +73,30 @@ class Settings:
                                "for its networks on a folder", bool)
     views: str = setting("weak (crop, flip) or both, weak and strong; both for sld",
                          choices=("weak", "both"))
-    temperatures: tuple = setting("T of the KL; 4 for kd, 1 2 3 4 5 6 for sld", float, POSITIVE,
+    temperatures: tuple = setting("T of the KL; 4 for kd, 1 2 3 4 5 6 for sld", float, TEMPERATURE,
                                   nargs="+", metavar="T")
     gamma: int = setting("the student swap starts after this epoch; 150 of 240", int, NOT_NEGATIVE)
     ce_weight: float = setting("weight of CE; 0.1, for dkd and rld 1", float, NOT_NEGATIVE)
     kd_weight: float = setting("weight of the KL terms; 0.9", float, NOT_NEGATIVE)
-    teacher_fix: str = setting("what is done to the teacher's logits; swap",
-                               choices=("swap", "add", "none"))
-    omega: float = setting("logit units added to the label's, for --teacher-fix add", float, FINITE)
+    teacher_fix: str = setting("what is done to the teacher's logits; swap, on both views",
+                               choices=("swap", "swap-strong", "add", "none"))
+    omega: float = setting("logit units added to the label's, for --teacher-fix add", float, LOGIT)
     student_swap: bool = setting("the swapped student teaches too; on", bool)
     detach: bool = setting("stop the gradient through the pseudo-teacher; off, as released", bool)
     standardize: bool = setting("standardize logits before the temperature; off", bool)
     alpha: float = setting("weight of the label's part of dkd and rld; 1", float, NOT_NEGATIVE)
     beta: float = setting("weight of the other classes' part; 8", float, NOT_NEGATIVE)
-    temperature: float = setting("T of dkd and rld; 4", float, POSITIVE)
-    alpha_temperature: float = setting("T of the label's part of rld; 1", float, POSITIVE)
+    temperature: float = setting("T of dkd and rld; 4", float, TEMPERATURE)
+    alpha_temperature: float = setting("T of the label's part of rld; 1", float, TEMPERATURE)
     kd_warmup: float = setting("epochs until dkd and rld count in full; 20 of 240", float, POSITIVE)
     epochs: int = setting("240 on CIFAR, 100 on imagenet, 60 on a folder, pretrained 10, 8 on "
-                          "glyphs, 16 there with adamw", int, POSITIVE)
-    batch_size: int = setting("images a step; default 64, on imagenet 512", int, POSITIVE)
+                          "glyphs, 16 there with adamw", int, COUNT)
+    batch_size: int = setting("images a step; default 64, on imagenet 512", int, COUNT)
     optimizer: str = setting("sgd, with momentum 0.9; adamw for a ViT", choices=("sgd", "adamw"))
     lr: float = setting("0.05, for sld 0.025; with adamw 0.001; own ones on glyphs, on imagenet "
                         "and for pretrained networks", float, POSITIVE)
     weight_decay: float = setting("on all parameters; 5e-4, on imagenet and pretrained 1e-4, with "
-                                  "adamw 0.05", float, NOT_NEGATIVE)
+                                  "adamw 0.05", float, DECAY)
     schedule: str = setting("step: x0.1 after 150, 180, 210 of 240 epochs, on imagenet 30, 60, 90 "
                             "of 100; cosine on glyphs, pretrained and with adamw",
                             choices=("step", "cosine"))
@@ -160,25 +164,29 @@ def flag(name):
 
 def resolve(s):
     """Settings with every None filled from the recipes. Raises UserError for nonsense."""
-    given = {k: v for k, v in vars(s).items() if v is not None}
-    for field in dataclasses.fields(s):
-        name, value = flag(field.name), given.get(field.name)
-        choices, bounds = field.metadata.get("choices"), field.metadata["bounds"]
-        if value is not None and choices and value not in choices:
-            raise UserError(f"{name} {value}: unknown; choose among {', '.join(choices)}")
-        for number in value if isinstance(value, (tuple, list)) else (value,):
-            if number is not None and bounds and not bounds[1](number):
-                raise UserError(f"{name} {number}: must be {bounds[0]}")
+    given = {k: str(v) if isinstance(v, Path) else v for k, v in vars(s).items() if v is not None}
+    fields = {f.name: f.metadata for f in dataclasses.fields(s)}
+    for key, value in given.items():
+        kind, bounds, choices, several = (fields[key].get(k) for k in (
+            "type", "bounds", "choices", "nargs"))
+        if several and not isinstance(value, (tuple, list)):
+            raise UserError(f"{flag(key)} {value!r}: must be a list")
+        for one in value if several else [value]:
+            right = isinstance(one, (int, float) if kind is float else kind)
+            if not right or isinstance(one, bool) != (kind is bool):
+                raise UserError(f"{flag(key)} {one!r}: must be of type {kind.__name__}")
+            if choices and one not in choices:
+                raise UserError(f"{flag(key)} {one}: unknown; choose among {', '.join(choices)}")
+            if bounds and not bounds[1](one):
+                raise UserError(f"{flag(key)} {one}: must be {bounds[0]}")
 
     method, dataset = (given.get(k, COMMON[k]) for k in ("method", "dataset"))
     networks = {"student": given.get("student", SIZES[dataset]["student"])}
     if method != "ce":
         networks["teacher"] = given.get("teacher", SIZES[dataset]["teacher"])
     for role, name in networks.items():
-        try:
+        with blaming(f"{flag(role)} "):
             check_name(name)
-        except ValueError as error:
-            raise UserError(f"{flag(role)} {error}")
     theirs = [name for name in networks.values() if name in TORCHVISION]
     pretrained = given.get("pretrained", dataset == "folder") if theirs else None
     side = 224 if theirs and dataset == "folder" else SIDES[dataset]
@@ -233,14 +241,14 @@ def resolve(s):
          f"epochs; give 0 to {epochs - 1}, or --no-student-swap"),
         ((full["teacher_fix"] == "add") != (full["omega"] is not None),
          "--omega: give it with --teacher-fix add, and only there"),
+        (full["teacher_fix"] == "swap-strong" and full["views"] == "weak",
+         "--teacher-fix swap-strong: there is no strong view; give --views both"),
     ):
         if wrong:
             raise UserError(message)
     for name in networks.values():
-        try:
+        with blaming(f"--image-size {full['image_size']}: "):
             check_size(name, full["image_size"])
-        except ValueError as error:
-            raise UserError(f"--image-size {full['image_size']}: {error}")
     return Settings(**full)
 
 
@@ -261,14 +269,16 @@ def drops(s):
     return sorted({round(m * s.epochs / of) for m in milestones})
 
 
-def make_objective(s):
-    """f(student_logits, teacher_logits, target, epoch) -> named terms of one view."""
+def make_objective(s, view):
+    """f(student_logits, teacher_logits, target, epoch) -> named terms of a view, weak or strong."""
     if s.method == "ce":
         return lambda z_s, z_t, y, epoch: losses.ce(z_s, y)
     objective = losses.OBJECTIVES[s.method]
     takes_epoch = "epoch" in inspect.signature(objective).parameters
     options = {"warmup" if name == "kd_warmup" else name: getattr(s, name)
                for name in options_of(s.method)}
+    if options.get("teacher_fix") == "swap-strong":
+        options["teacher_fix"] = "swap" if view == "strong" else "none"
     if not takes_epoch:
         return lambda z_s, z_t, y, epoch: objective(z_s, z_t, y, **options)
     return lambda z_s, z_t, y, epoch: objective(z_s, z_t, y, epoch=epoch, **options)
@@ -296,7 +306,8 @@ def train_epoch(s, epoch, learner, data):
     not finite, before the student moves by it.
     """
     student, teacher, scaler = learner.parallel, learner.teacher, learner.scaler
-    device, objective = next(student.parameters()).device, make_objective(s)
+    device = next(student.parameters()).device
+    objectives = [make_objective(s, view) for view in ("weak", "strong")]
     rank, world = process()
     n, start = len(data.train[1]), time.perf_counter()
     steps, sums, skipped = math.ceil(n / s.batch_size), {}, 0
@@ -328,7 +339,7 @@ def train_epoch(s, epoch, learner, data):
                 z_t = teacher(torch.cat(views)).float().split(len(target))         # (B, C) each
             z_s = [student(view).float() for view in views]                        # (B, C) each
         terms = {}
-        for student_logits, teacher_logits in zip(z_s, z_t):
+        for objective, student_logits, teacher_logits in zip(objectives, z_s, z_t):
             for name, term in objective(student_logits, teacher_logits, target, epoch).items():
                 terms[name] = terms.get(name, 0) + term
         loss = sum(terms.values())
@@ -395,19 +406,14 @@ def run(settings, run_dir=None, resume=False):
         raise UserError(f"--batch-size {s.batch_size}: less than one image for each of {world} "
                         "processes; give a larger one, or fewer processes")
     if (n % s.batch_size or s.batch_size) // world <= 1:
-        try:
-            # Batch norm may have nothing to average over.
+        # Batch norm may have nothing to average over.
+        with blaming(f"--batch-size {s.batch_size}: leaves one image for the last step: "):
             check_size(s.student, s.image_size, images=1)
-        except ValueError as error:
-            raise UserError(f"--batch-size {s.batch_size}: leaves one image for the last step, and "
-                            f"{error}; give another")
 
     torch.manual_seed(s.seed)
     C, pretrained = len(data.classes), s.pretrained and s.student in TORCHVISION and not saved
-    try:
+    with blaming("--student "):
         student = create_model(s.student, C, s.image_size, pretrained)
-    except ValueError as error:
-        raise UserError(str(error))
     if pretrained:
         print(f"student   {s.student} from torchvision's ImageNet weights"
               + (f", with a new last layer for {C} classes" if C != 1000 else ""))
@@ -427,6 +433,9 @@ def run(settings, run_dir=None, resume=False):
         if saved["teacher_digest"] != digest:
             raise UserError(f"--resume: {folder} was trained with another teacher; give its "
                             "--teacher-checkpoint")
+        if saved.get("data", data.digests) not in (data.digests, list(data.digests or ())):
+            raise UserError(f"--data-dir {s.data_dir}: not the images of this run (names, sizes or "
+                            "times of files differ); put them back, or start anew")
         student.load_state_dict(saved["model"])
         optimizer.load_state_dict(saved["optimizer"])
         # Empty from a run without float16.
@@ -447,7 +456,7 @@ def run(settings, run_dir=None, resume=False):
               f"give --lr {s.lr * s.batch_size / usual:g} instead of {s.lr:g} (not applied)")
     with contextlib.nullcontext() if rank else lock(folder), explained(s, folder, history):
         if rank == 0:
-            open_folder(folder, s, learner, resume)
+            open_folder(folder, s, data, learner, resume)
         print("swap%     rows whose top class is not the label: of the teacher on weak (Tw) and "
               f"strong (Ts) views, of the student (S)\n\n{header(s.evaluate)}")
         for epoch in range(len(history) + 1, s.epochs + 1):
@@ -474,7 +483,7 @@ def run(settings, run_dir=None, resume=False):
         write(folder / "curves.png", curves.getvalue())
     last, best = (history[-1][key] for key in (s.evaluate + "_top1", "best_top1"))
     print(f"\nlast epoch {last:.2f} %, best {best:.2f} % (selected on {s.evaluate}); "
-          f"python eval.py {folder / 'last.pt'}")
+          f"python eval.py {shlex.quote(str(folder / 'last.pt'))}")
     return history
 
 
@@ -488,22 +497,29 @@ def open_run(settings, run_dir, resume):
         folder = Path(run_dir or next(path for path in numbered if not path.exists()))
         inside = folder.iterdir() if folder.is_dir() else ()
         if any(path.name != "lock" and not is_left_over(path) for path in inside):
+            again = ", or --resume to go on" if (folder / "config.json").exists() else ""
             raise UserError(f"--run-dir {folder}: already holds a run or other files; give "
-                            "another, or --resume to go on")
+                            f"another{again}")
+        # Before a teacher is trained for it.
+        above = next(path for path in (folder, *folder.absolute().parents) if path.exists())
+        if not above.is_dir() or not os.access(above, os.W_OK):
+            raise UserError(f"--run-dir {folder}: {above} is no folder that can be written to; "
+                            "give another")
         return s, folder, None
     if run_dir is None:
         raise UserError("--resume: say which run with --run-dir")
     folder = Path(run_dir)
     try:
-        config = json.loads((folder / "config.json").read_text())
-        config["temperatures"] = config["temperatures"] and tuple(config["temperatures"])
+        config = json.loads((folder / "config.json").read_text("utf-8"))
         config = {k: v for k, v in config.items() if k not in GONE}
-        saved = Settings(**dict(evaluate="test") | config)
-    except (OSError, ValueError, TypeError, KeyError):
-        raise UserError(f"--resume: {folder} holds no run to go on with (no readable config.json)")
+        saved = resolve(Settings(**dict(evaluate="test") | config))
+    except (OSError, ValueError, TypeError, AttributeError) as error:
+        raise UserError(f"--resume: {folder} holds no run to go on with (config.json: {error}); "
+                        "start anew with another --run-dir, or remove this one")
     given = {k: tuple(v) if isinstance(v, list) else v for k, v in vars(settings).items()}
     changed = [f"{flag(k)} {getattr(saved, k)} -> {v}" for k, v in given.items()
-               if v not in (None, getattr(saved, k)) and k not in FREE]
+               if v not in (None, getattr(saved, k))
+               and (k not in FREE or k == "teacher_checkpoint" and saved.method == "ce")]
     if changed:
         raise UserError(f"--resume: these would change the result of {folder}: "
                         f"{', '.join(changed)}; leave them out")
@@ -556,7 +572,8 @@ def in_words(s):
         loss = (f"{s.ce_weight:g} CE(label) + {s.alpha:g} T^2 KL({parts[0]}) + {s.beta:g} T^2 "
                 f"KL({parts[1]}) at T = {s.temperature:g}, in full after {s.kd_warmup:g} epochs")
     elif s.method in ("kd", "sld"):
-        fixed = {"swap": "swapped teacher", "add": f"teacher + {s.omega} on the label"}
+        fixed = {"swap": "swapped teacher", "swap-strong": "teacher, swapped on the strong view",
+                 "add": f"teacher + {s.omega} on the label"}
         fixed = fixed.get(s.teacher_fix, "teacher")
         loss = (f"{s.ce_weight:g} CE(label) + {s.kd_weight:g} T^2 KL({fixed} || student) "
                 f"at T = {', '.join(f'{T:g}' for T in s.temperatures)}")
@@ -605,7 +622,7 @@ def cached_teacher(s, data):
     name = s.dataset
     if data.area is not None:
         # Two folders may share a name: their files tell them apart.
-        name = f"{Path(s.data_dir).resolve().name}-{s.image_size}px-{data.digest}"
+        name = f"{Path(s.data_dir).resolve().name}-{s.image_size}px-{data.digests[0]}"
     if s.evaluate == "val":
         # The teacher must not know the images that are measured on either.
         name += "-val"
@@ -704,7 +721,8 @@ def save(folder, s, data, learner, history):
         model={k: v.cpu() for k, v in learner.student.state_dict().items()})
     resumable = student | dict(
         optimizer=learner.optimizer.state_dict(), scaler=learner.scaler.state_dict(),
-        teacher_digest=learner.teacher_digest, history=history, settings=dataclasses.asdict(s))
+        teacher_digest=learner.teacher_digest, data=data.digests, history=history,
+        settings=dataclasses.asdict(s))
     for name, content in (("best.pt", student), ("last.pt", resumable)):
         if name == "last.pt" or top1 == row["best_top1"]:
             buffer = io.BytesIO()
@@ -725,7 +743,7 @@ def lock(folder):
         return contextlib.nullcontext()
 
 
-def open_folder(folder, s, learner, resume):
+def open_folder(folder, s, data, learner, resume):
     """Write config.json and env.json of a new run; tidy up after a process killed in a write."""
     for left_over in filter(is_left_over, folder.iterdir()):
         left_over.unlink()
@@ -736,12 +754,15 @@ def open_folder(folder, s, learner, resume):
         write_json(folder / "config.json", dataclasses.asdict(s))
     if not (folder / "env.json").exists():
         about = environment(next(learner.student.parameters()).device)
-        write_json(folder / "env.json", about | dict(teacher_digest=learner.teacher_digest))
+        write_json(folder / "env.json", about | dict(teacher_digest=learner.teacher_digest,
+                                                     data=data.digests))
 
 
 @contextlib.contextmanager
 def explained(s, folder, history):
     """Whatever ends a run early, in one line that says what is safe and how to go on."""
+    launch = f"torchrun --nproc-per-node {process()[1]}" if process()[1] > 1 else "python"
+    command = f"{launch} train.py --resume --run-dir {shlex.quote(str(folder))}"
     try:
         yield
     except torch.OutOfMemoryError:
@@ -751,23 +772,22 @@ def explained(s, folder, history):
         safe = f"epoch {len(history)} is saved" if history else "no epoch was saved"
         raise UserError(f"{error}; {safe}")
     except KeyboardInterrupt as stop:
-        world = process()[1]
-        launch = f"torchrun --nproc-per-node {world}" if world > 1 else "python"
-        command = f"{launch} train.py --resume --run-dir {shlex.quote(str(folder))}"
         stop.add_note(f"{command} goes on after epoch {len(history)}")
         raise
     except OSError as error:
         safe = "no epoch is saved there"
         if (folder / "last.pt").exists():
-            safe = f"epoch {len(history)} is safe: --resume --run-dir {folder} goes on after it"
+            safe = f"epoch {len(history)} is safe: {command} goes on after it"
         raise UserError(f"{folder}: cannot write epoch {len(history) + 1} "
                         f"({error.strerror or error}); {safe}")
-    except RuntimeError:
+    except (MemoryError, RuntimeError) as error:
+        if isinstance(error, MemoryError) or "allocate memory" in str(error):
+            raise UserError(f"--batch-size {s.batch_size}: the memory is full; try a smaller one")
         # Of gloo or nccl, once a process of this run is gone.
         if not dist.is_initialized():
             raise
         raise UserError(f"{folder}: another process of this run is gone; epoch {len(history)} is "
-                        "safe: --resume goes on after it")
+                        f"safe: {command} goes on after it")
 
 
 def environment(device):

@@ -195,7 +195,7 @@ class Ours:
         ours = train.make_objective
         with open_null() as quiet, contextlib.redirect_stderr(quiet):
             if self.objective:
-                train.make_objective = lambda s: self.objective
+                train.make_objective = lambda s, view: self.objective
             train.train_epoch(self.s, 100, self.learner, self.images)
         train.make_objective = ours
 

@@ -17,6 +17,8 @@ import train
 def pytest_addoption(parser):
     parser.addoption("--kills", type=int, default=3,
                      help="how often test_reliability.py kills a run")
+    parser.addoption("--draws", type=int, default=200,
+                     help="how often test_random_input.py draws flags and files")
 
 
 @pytest.fixture(autouse=True)
@@ -60,6 +62,14 @@ def short(colors, color_teacher):
             common |= dict(teacher="resnet8", teacher_checkpoint=str(color_teacher))
         return train.Settings(**(common | changes))
     return make
+
+
+@pytest.fixture
+def base(colors):
+    """Flags of such a run, for `command`."""
+    return ("--dataset", "folder", "--data-dir", colors, "--image-size", 16, "--student", "resnet8",
+            "--teacher", "resnet8", "--device", "cpu", "--epochs", 2, "--batch-size", 32,
+            "--run-dir", "run")
 
 
 @pytest.fixture

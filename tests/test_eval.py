@@ -229,5 +229,5 @@ def test_predict_names_what_is_no_image(color_teacher, command, files, culprit):
     status, _, err = command(evaluation, color_teacher, "--predict", *files)
     assert status == 2 and culprit in err and err.count("\n") == 1
     torch.save(create_model("resnet8", 3).state_dict(), "bare.pt")
-    status, _, err = command(evaluation, "bare.pt", "--model", "resnet8", "--predict", "x.png")
-    assert status == 2 and err.startswith("eval.py: --predict: bare.pt does not say its classes")
+    status, _, err = command(evaluation, "bare.pt", "--predict", "x.png")
+    assert status == 2 and err.startswith("eval.py: bare.pt: does not say which network")

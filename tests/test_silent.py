@@ -1,0 +1,299 @@
+"""Nothing wrong passes silently: what once gave a wrong number or a traceback is said in a line."""
+import json
+import os
+import shutil
+import struct
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from test_bad_input import refused
+
+import data
+import eval as evaluation
+import folders
+import train
+from eval import load_model, measure, predict
+from models import create_model
+
+
+def top1_of(report):
+    return float(report[1].split("top1")[1].split()[0])
+
+
+@pytest.fixture
+def other_statistics(color_teacher, tmp_path):
+    """The teacher's weights in a file that says another mean and std."""
+    checkpoint = torch.load(color_teacher, weights_only=True)
+    path = tmp_path / "other.pt"
+    torch.save(checkpoint | dict(mean=(0.1, 0.2, 0.7), std=(0.6, 0.3, 0.9)), path)
+    return path
+
+
+def test_each_network_sees_images_normalised_as_it_was_trained(
+        colors, other_statistics, color_teacher, base, command):
+    loaded = data.load("folder", colors, 16)
+    (images, labels), (mean, std) = loaded.test, data.IMAGENET[1:]
+    alone = predict(load_model(other_statistics)[0], images, (0.1, 0.2, 0.7), (0.6, 0.3, 0.9))
+    fitted = predict(load_model(other_statistics, data=loaded)[0], images, mean, std)
+    torch.testing.assert_close(fitted, alone, rtol=1e-4, atol=1e-4)
+    assert not torch.allclose(fitted, predict(load_model(color_teacher)[0], images, mean, std))
+    # Train.py and both ways of eval.py give one number for it.
+    top1 = measure(alone, labels)["top1"]
+    assert top1_of(command(evaluation, other_statistics)) == pytest.approx(top1, abs=1e-4)
+    status, out, err = command(train, *base, "--teacher-checkpoint", other_statistics, "--epochs",
+                               1)
+    assert status == 0 or "no better than" in err, err
+    assert f"{top1:.2f} % test top-1" in out + err or f"has {top1:.2f} %" in err
+    if status == 0:
+        assert "[0.1, 0.2, 0.7]" in out and "not by the data's [[0.485, 0.456, 0.406]" in out
+    status, out, err = command(evaluation, color_teacher, "--teacher-checkpoint", other_statistics,
+                               "--json")
+    assert json.loads(out)["teacher_errors"] == round(len(labels) * (1 - top1 / 100))
+
+
+def test_a_network_is_not_measured_at_another_size(colors, color_teacher, command, base):
+    refused(command(train, *base, "--image-size", 24, "--teacher-checkpoint", color_teacher),
+            "a resnet8 for 16 px, the images have 24")
+    refused(command(evaluation, color_teacher, "--image-size", 24), "for 16 px")
+
+
+def test_eval_measures_a_foreign_file_at_the_size_that_is_said(colors, color_teacher, command):
+    torch.save(torch.load(color_teacher, weights_only=True)["model"], "bare.pt")
+    foreign = ("bare.pt", "--model", "resnet8", "--dataset", "folder", "--data-dir", colors)
+    status, out, _ = command(evaluation, *foreign, "--image-size", 16, "--json")
+    assert status == 0
+    assert json.loads(out) == json.loads(command(evaluation, color_teacher, "--json")[1])
+    refused(command(evaluation, *foreign, "--image-size", 0), "--image-size 0")
+
+
+@pytest.mark.parametrize("change", ["none", "moved", "added", "removed", "changed", "test part",
+                                    "another folder"])
+def test_resume_notices_other_images(colors, color_teacher, base, command, tmp_path,
+                                     change):
+    root = shutil.copytree(colors, tmp_path / "photos")
+    flags = [root if word == colors else word for word in base]
+    assert command(train, *flags, "--teacher-checkpoint", color_teacher)[0] == 0
+    best, image = Path("run/best.pt").read_bytes(), root / "train/red/0.png"
+    more = ()
+    if change == "moved":
+        more = "--data-dir", root.rename(tmp_path / "moved")
+    elif change == "added":
+        shutil.copy2(image, root / "train/red/new.png")
+    elif change == "removed":
+        image.unlink()
+    elif change == "changed":
+        Image.new("RGB", (16, 16)).save(image)
+    elif change == "test part":
+        (root / "val/red/0.png").unlink()
+    elif change == "another folder":
+        more = "--data-dir", shutil.copytree(colors, tmp_path / "other", copy_function=shutil.copy)
+    result = command(train, "--resume", "--run-dir", "run", *more)
+    if change in ("none", "moved"):
+        assert result[0] == 0, result[2]
+    else:
+        refused(result, "not the images of this run")
+        assert Path("run/best.pt").read_bytes() == best
+
+
+@pytest.mark.parametrize("link", ["..", "../..", ".", "../red", "../../train/red"])
+def test_a_link_to_a_folder_above_multiplies_nothing(colors, tmp_path, link):
+    root = shutil.copytree(colors, tmp_path / "photos")
+    (root / "train/red/inner").mkdir()
+    (root / "train/red/again").symlink_to(link, target_is_directory=True)
+    (root / "train/red/inner/again").symlink_to("..", target_is_directory=True)
+    assert len(data.load("folder", root, 16).train[1]) == 120
+
+
+@pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="needs named pipes")
+def test_a_pipe_among_the_images(colors, tmp_path):
+    root = shutil.copytree(colors, tmp_path / "photos")
+    os.mkfifo(root / "train/red/pipe.png")
+    with pytest.raises(data.UserError, match="pipe.png: not a readable image"):
+        data.load("folder", root, 16)
+
+
+@pytest.mark.parametrize("name, image", [
+    ("float.tif", Image.fromarray(np.full((9, 9), 0.5, np.float32))),
+    ("deep.tif", Image.fromarray(np.full((9, 9), 4095, np.uint16))),
+    ("deeper.tif", Image.fromarray(np.full((9, 9), 4095, np.int32)))])
+def test_an_image_of_unknown_range_is_refused(tmp_path, name, image):
+    image.save(tmp_path / name)
+    with pytest.raises(data.UserError, match=f"{name}.*range of brightness is not known"):
+        folders.read_image(str(tmp_path / name), 8)
+
+
+def test_what_is_under_a_transparent_pixel_stays_hidden(tmp_path):
+    half = Image.new("P", (8, 8), 1)
+    half.putpalette([9, 9, 9, 200, 0, 0])
+    half.save(tmp_path / "p.png", transparency=1)
+    Image.new("RGBA", (8, 8), (200, 0, 0, 0)).save(tmp_path / "rgba.png")
+    Image.new("LA", (8, 8), (7, 0)).save(tmp_path / "la.png")
+    for path in tmp_path.glob("*.png"):
+        assert (folders.read_image(str(path), 8) == 255).all(), path
+
+
+@pytest.mark.parametrize("content", ["other count", "other type", "labels", "text", "array"])
+def test_a_damaged_cache_of_glyphs_is_rendered_anew(easy_glyphs, content, capsys):
+    whole = data.load("glyphs", easy_glyphs)
+    path = next(Path(easy_glyphs).glob("glyphs-*.npz"))
+    arrays = dict(np.load(path))
+    if content == "text":
+        path.write_text("hello")
+    elif content == "array":
+        np.save(open(path, "wb"), arrays["train_x"])
+    else:
+        arrays |= {"other count": dict(train_x=arrays["train_x"][:5]),
+                   "other type": dict(test_x=arrays["test_x"].astype(np.float32)),
+                   "labels": dict(test_y=arrays["test_y"] + 40)}[content]
+        np.savez(path, **arrays)
+    again = data.load("glyphs", easy_glyphs)
+    assert "rendering" in capsys.readouterr().out
+    parts = zip(whole.train + whole.test, again.train + again.test)
+    assert all(torch.equal(a, b) for a, b in parts)
+
+
+def test_a_table_does_not_mix_folders_of_images(colors, color_teacher, base, command,
+                                                tmp_path):
+    other = shutil.copytree(colors, tmp_path / "other", copy_function=shutil.copy)
+    for name, root in (("a", colors), ("b", other)):
+        flags = [root if word == colors else word for word in base[:-1]]
+        assert command(train, *flags, f"t/{name}/seed0", "--method", "ce", "--teacher", "x")[0] == 2
+        flags = flags[:flags.index("--teacher")] + flags[flags.index("--device"):]
+        assert command(train, *flags, f"t/{name}/seed0", "--method", "ce")[0] == 0
+    refused(command(evaluation, "--table", "t"), "mixes runs of different images")
+
+
+@pytest.mark.parametrize("run_dir", ["file", "file/run", "sealed/run"])
+def test_a_bad_run_dir_is_said_before_a_teacher_is_trained(colors, base, command,
+                                                           run_dir):
+    if run_dir == "sealed/run" and (not hasattr(os, "geteuid") or os.geteuid() == 0):
+        pytest.skip("to root no folder is sealed")
+    Path("file").write_text("here")
+    Path("sealed").mkdir(mode=0o500)
+    refused(command(train, *base, "--run-dir", run_dir), f"--run-dir {run_dir}")
+    assert Path("file").read_text() == "here" and not Path("runs").exists()
+
+
+@pytest.mark.parametrize("arguments", ["--temperatures 1e39", "--temperatures 1e-30",
+                                       "--temperatures 4 " + "9" * 400, "--epochs " + "9" * 400,
+                                       "--omega 1e308 --teacher-fix add", "--weight-decay 1e308",
+                                       "--seed " + "1" * 400, "--kd-weight 1e308"])
+def test_numbers_beyond_reason_are_said_by_name(base, command, arguments):
+    refused(command(train, *base, *arguments.split()), arguments.split()[0])
+
+
+@pytest.mark.parametrize("flags, culprit", [
+    ("--table t --json", "--json"), ("--table t --device cpu", "--device"),
+    ("--plot run --dataset glyphs", "--dataset"), ("x.pt --against 1-ce", "--against"),
+    ("x.pt --predict a.png --dataset glyphs", "--dataset"),
+    ("x.pt --predict a.png --teacher-checkpoint y.pt", "--teacher-checkpoint"),
+    ("--table t --image-size 16", "--image-size")])
+def test_eval_refuses_flags_without_effect(command, flags, culprit):
+    refused(command(evaluation, *flags.split()), f"{culprit}: has no effect with")
+
+
+def test_resume_refuses_flags_without_effect(colors, color_teacher, command, base):
+    flags = base[:base.index("--teacher")] + base[base.index("--device"):]
+    assert command(train, *flags, "--method", "ce")[0] == 0
+    refused(command(train, "--resume", "--run-dir", "run", "--teacher-checkpoint", color_teacher),
+            "--teacher-checkpoint")
+
+
+@pytest.mark.parametrize("change", [
+    dict(epochs="2"), dict(epochs=-1), dict(method="mlkd"), dict(student="resnet9"),
+    dict(lr=[0.1]), dict(temperatures=3), dict(temperatures=["a"]), dict(gamma=10 ** 400),
+    dict(data_dir=3), dict(seed=True), dict(hello=1), [1, 2], "text", 7, None])
+def test_a_config_of_wrong_values_is_not_resumed(colors, color_teacher, command, base,
+                                                 change):
+    assert command(train, *base, "--teacher-checkpoint", color_teacher)[0] == 0
+    config = json.loads(Path("run/config.json").read_text())
+    Path("run/config.json").write_text(json.dumps(
+        config | change if isinstance(change, dict) else change))
+    refused(command(train, "--resume", "--run-dir", "run"), "run holds no run to go on with")
+
+
+def test_a_cached_teacher_of_a_cut_off_config(colors, command, base):
+    train.run(train.Settings(method="ce", dataset="folder", data_dir=str(colors), image_size=16,
+                             student="resnet8", epochs=1, device="cpu"), "away")
+    name = f"{colors.name}-16px-{data.load('folder', colors, 16).digests[0]}"
+    folder = Path(f"runs/teacher-{name}-resnet8")
+    folder.parent.mkdir()
+    shutil.move("away", folder)
+    (folder / "config.json").write_text("{")
+    refused(command(train, *base), str(folder))
+
+
+def test_a_path_is_as_good_as_its_name(colors, color_teacher):
+    s = train.resolve(train.Settings(dataset="folder", data_dir=colors,
+                                     teacher_checkpoint=color_teacher))
+    assert (s.data_dir, s.teacher_checkpoint) == (str(colors), str(color_teacher))
+
+
+def test_damaged_exif_is_refused_or_read(tmp_path):
+    """A TIFF header whose directory points beyond its end, and one of a wrong type."""
+    for name, block in (("beyond", b"Exif\0\0MM\0*\xff\xff\xff\xff"),
+                        ("type", b"Exif\0\0MM\0*\0\0\0\x08\0\x01" + struct.pack(
+                            ">HHI4s", 274, 2, 2, b"\xff\xff\0\0"))):
+        path = tmp_path / f"{name}.jpg"
+        Image.new("RGB", (8, 8)).save(path, exif=block)
+        try:
+            assert folders.read_image(str(path), 8).shape == (3, 8, 8)
+        except data.UserError as error:
+            assert path.name in str(error)
+
+
+@pytest.mark.parametrize("ending", ["avif", "dds", "jp2", "tif", "webp", "gif", "png", "jpg", "bmp",
+                                    "ico", "tga", "ppm"])
+def test_damaged_images_are_refused_or_read(tmp_path, ending):
+    g, path = np.random.default_rng(0), tmp_path / f"x.{ending}"
+    try:
+        Image.fromarray(g.integers(0, 256, (20, 30, 3), np.uint8)).save(path)
+    except (OSError, ValueError, KeyError):
+        pytest.skip(f"this Pillow writes no {ending}")
+    whole = path.read_bytes()
+    for k in range(60):
+        content = bytearray(whole)
+        if k % 2:
+            del content[g.integers(len(content)):]
+        else:
+            content[g.integers(min(len(content), 200))] ^= 1 << g.integers(8)
+        path.write_bytes(content)
+        try:
+            image = folders.read_image(str(path), 8)
+            assert image.shape == (3, 8, 8) and image.dtype == np.uint8
+        except data.UserError as error:
+            assert path.name in str(error) and "\n" not in str(error)
+
+
+def test_a_name_with_a_line_break_is_one_line(command, colors, tmp_path, base):
+    root = shutil.copytree(colors, tmp_path / "two\nlines")
+    (root / "train/red/0.png").write_bytes(b"no image")
+    flags = [root if word == colors else word for word in base]
+    refused(command(train, *flags), "two\\nlines")
+
+
+def test_printed_commands_are_quoted(command, colors, color_teacher, base):
+    flags = (*base[:-1], "my run; rm x")
+    status, out, err = command(train, *flags, "--teacher-checkpoint", color_teacher)
+    assert status == 0 and "python eval.py 'my run; rm x/last.pt'" in out
+
+
+def test_memory_that_is_full_is_one_line(command, base, color_teacher, monkeypatch):
+    def full(*arguments, **more):
+        raise RuntimeError("[enforce fail] DefaultCPUAllocator: can't allocate memory: you tried "
+                           "to allocate 9 bytes.")
+    monkeypatch.setattr(train, "train_epoch", full)
+    refused(command(train, *base, "--teacher-checkpoint", color_teacher), "--batch-size 32")
+
+
+@pytest.mark.parametrize("path", ["/dev/null", "folder", "sealed.pt"])
+def test_eval_of_a_file_that_cannot_be_read(command, path):
+    Path("folder").mkdir()
+    torch.save(create_model("resnet8", 3).state_dict(), "sealed.pt")
+    os.chmod("sealed.pt", 0)
+    if path == "sealed.pt" and os.access(path, os.R_OK):
+        pytest.skip("to root no file is sealed")
+    refused(command(evaluation, path, "--model", "resnet8", "--dataset", "glyphs"), path)
