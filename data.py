@@ -32,7 +32,7 @@ class Dataset:
     that networks see; held out of the training images where evaluate="val". classes: the C class
     names. mean, std: of RGB in [0, 1]. flip: whether a mirror image keeps its class. area: the
     least share of a photograph that its random crop keeps; None for images that are padded and
-    cropped. digests: of the training files and of the test files, where there are any.
+    cropped. digests: of the training files and of the test files; the version of glyphs.
     """
     train: tuple
     test: tuple
@@ -448,7 +448,7 @@ def load(name, data_dir="data", image_size=None, train=True, evaluate="test"):
     if name in AREAS or (root / "train").is_dir() and (root / "test").is_dir():
         return _load_folder(name, root, image_size or SIDES[name], train)
     try:
-        with warnings.catch_warnings(action="ignore"):
+        with warnings.catch_warnings(action="ignore"), folders.alone():
             parts = [getattr(datasets, name.upper())(root, train=part, download=True)
                      for part in (True, False)]
     except (urllib.error.URLError, OSError, RuntimeError) as error:
@@ -491,9 +491,9 @@ def _load_glyphs(root, train):
     try:
         with np.load(path) as cached:
             arrays = [torch.from_numpy(cached[name]) for name in names]
-        for n, x, y in ((GLYPHS_TRAIN, *arrays[:2]), (GLYPHS_TEST, *arrays[2:])):
-            if ((x.shape, x.dtype) != ((n, 3, GLYPHS_SIZE, GLYPHS_SIZE), torch.uint8)
-                    or (y.shape, y.dtype) != ((n,), torch.int64) or y.max() >= len(GLYPHS)):
+        for x, y in (arrays[:2], arrays[2:]):
+            if ((x.shape, x.dtype) != ((len(y), 3, GLYPHS_SIZE, GLYPHS_SIZE), torch.uint8)
+                    or (y.ndim, y.dtype) != (1, torch.int64) or y.max() >= len(GLYPHS)):
                 raise ValueError
     # Not there yet, or damaged, which can raise nearly anything.
     except Exception:
@@ -506,7 +506,7 @@ def _load_glyphs(root, train):
     mean, std = _statistics(arrays[0])
     # A mirrored character is another character, or none.
     return Dataset(tuple(arrays[:2]) if train else None, tuple(arrays[2:]), GLYPHS, mean, std,
-                   flip=False)
+                   flip=False, digests=(GLYPHS_VERSION,))
 
 
 def stored_side(size):
@@ -527,7 +527,9 @@ def _load_folder(name, root, image_size, train):
     if not root.is_dir():
         raise UserError(f"--data-dir {root}: no such folder; it should hold train/<class>/ and "
                         "val/<class>/ or test/<class>/")
-    test_folder = next((root / part for part in ("val", "test") if (root / part).is_dir()), None)
+    # The published test part of ImageNet has no labels; its val/ is what is measured.
+    names = ("val", "test") if name == "imagenet" else ("test", "val")
+    test_folder = next((root / part for part in names if (root / part).is_dir()), None)
     train_folder = root / "train" if train or (root / "train").is_dir() else test_folder
     if test_folder is None or not train_folder.is_dir():
         raise UserError(f"--data-dir {root}: should hold train/<class>/ and val/<class>/ or "
@@ -545,11 +547,11 @@ def _load_folder(name, root, image_size, train):
     train_part = None
     if train:
         paths, labels = folders.scan(train_folder, classes)
-        digests.insert(0, folders.digest(train_folder, paths, side))
         if name in AREAS:
             # In a random order, of which hold_out takes the head.
             order = torch.randperm(len(paths), generator=torch.Generator().manual_seed(0))
             paths, labels = [paths[i] for i in order], labels[order]
+        digests.insert(0, folders.digest(train_folder, paths, side))
         train_part = folders.decoded(train_folder, paths, side, digests[0]), labels
     test = folders.decoded(test_folder, test_paths, side, digests[-1])
     return Dataset(train_part, (centre(test, image_size), test_labels), classes, mean, std,

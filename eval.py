@@ -203,7 +203,8 @@ def read_run(folder):
     try:
         config = json.loads((folder / "config.json").read_text())
         rows = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
-    except (OSError, ValueError) as error:
+        config.keys()
+    except (OSError, ValueError, AttributeError) as error:
         raise UserError(f"{folder}: needs a readable config.json and metrics.jsonl ({error})")
     numbers = [row.get(top1_of(config)) if isinstance(row, dict) else None for row in rows]
     if not all(isinstance(x, (int, float)) and math.isfinite(x) for x in numbers or [None]):
@@ -232,6 +233,8 @@ def read_rows(folder):
     rows, alike = {}, {}
     for path in sorted(Path(folder).rglob("metrics.jsonl")):
         run = path.parent
+        if run == Path(folder):
+            raise UserError(f"--table {folder}: is a run; give the folder that its row is in")
         config, epochs = read_run(run)
         row = rows.setdefault(str(run.parent.relative_to(folder)), {})
         if len(epochs) != config.get("epochs", len(epochs)):

@@ -76,9 +76,10 @@ def _image_files(top):
     try:
         for folder, inner, files in os.walk(top, onerror=_raise, followlinks=True):
             real = {name: os.path.realpath(os.path.join(folder, name)) for name in sorted(inner)}
+            here = os.path.realpath(top), os.path.realpath(folder)
             # A link to a folder around this one, or to one that was seen, would repeat its images.
             inner[:] = [name for name, path in real.items()
-                        if path not in seen and not any(p.startswith(path + os.sep) for p in seen)]
+                        if path not in seen and not any(p.startswith(path + os.sep) for p in here)]
             seen.update(real[name] for name in inner)
             for name in sorted(files):
                 path = os.path.join(folder, name)
@@ -148,11 +149,10 @@ def decoded(folder, paths, side, digest):
     shape = len(paths), 3, side, side
     need = f"{math.prod(shape)} bytes ({math.prod(shape) / 2 ** 30:.1f} GiB)"
     try:
-        if not _whole(path):
-            CACHE.mkdir(parents=True, exist_ok=True)
-            with _alone():
+        if not _whole(path, shape):
+            with alone():
                 # Another process may have been at it.
-                if not _whole(path):
+                if not _whole(path, shape):
                     free = shutil.disk_usage(CACHE).free
                     if free < math.prod(shape):
                         raise OSError(errno.ENOSPC, f"only {free} bytes are free")
@@ -165,26 +165,26 @@ def decoded(folder, paths, side, digest):
                         "make room, or give a smaller --image-size")
 
 
-def _whole(path):
+def _whole(path, shape):
     try:
-        np.load(path, mmap_mode="r")
-        return True
+        return np.load(path, mmap_mode="r").shape == shape
     # Not there, or damaged.
     except (FileNotFoundError, ValueError, EOFError):
         return False
 
 
-def _alone():
-    """A context in which no other process decodes, however it ends.
+def alone():
+    """A context in which no other process decodes or downloads, however it ends.
 
     A file system that knows no locks keeps nobody out.
     """
+    CACHE.mkdir(parents=True, exist_ok=True)
     lock = filelock.FileLock(CACHE / "decoding.lock")
     try:
         try:
             return lock.acquire(blocking=False)
         except filelock.Timeout:
-            print(f"waiting for the process that decodes images into {CACHE}", flush=True)
+            print(f"waiting for the process that prepares images in {CACHE}", flush=True)
             return lock.acquire()
     except (OSError, NotImplementedError):
         return contextlib.nullcontext()

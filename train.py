@@ -33,7 +33,7 @@ from tqdm import tqdm
 
 import losses
 from data import DATASETS, SIDES, batches, load
-from eval import FREE, GONE, load_model, measure, pick_device, plot, predict, read_run
+from eval import FREE, load_model, measure, pick_device, plot, predict, read_run
 from folders import UserError, blaming
 from models import MODELS, TORCHVISION, check_name, check_size, create_model
 from swap import misclassified
@@ -112,13 +112,8 @@ class Settings:
 # differs. ce and kd are the field's (RepDistiller), the others their papers' released code.
 COMMON = dict(method="sld", dataset="glyphs", data_dir="data", evaluate="test", seed=0,
               device="auto")
-METHODS = {
-    "ce": dict(views="weak", lr=0.05),
-    "kd": dict(views="weak", lr=0.05),
-    "sld": dict(views="both", lr=0.025),
-    "dkd": dict(views="weak", lr=0.05),
-    "rld": dict(views="weak", lr=0.05),
-}
+METHODS = dict.fromkeys(losses.OBJECTIVES, dict(views="weak", lr=0.05))
+METHODS["sld"] = dict(views="both", lr=0.025)
 SIZES = {
     "glyphs": dict(teacher="resnet14", student="resnet8", epochs=8, batch_size=64),
     "cifar10": dict(teacher="resnet56", student="resnet20", epochs=240, batch_size=64),
@@ -162,8 +157,8 @@ def flag(name):
     return "--" + name.replace("_", "-")
 
 
-def resolve(s):
-    """Settings with every None filled from the recipes. Raises UserError for nonsense."""
+def check_values(s):
+    """{name: value} of what is not None. Raises UserError for a wrong type, word or range."""
     given = {k: str(v) if isinstance(v, Path) else v for k, v in vars(s).items() if v is not None}
     fields = {f.name: f.metadata for f in dataclasses.fields(s)}
     for key, value in given.items():
@@ -179,7 +174,12 @@ def resolve(s):
                 raise UserError(f"{flag(key)} {one}: unknown; choose among {', '.join(choices)}")
             if bounds and not bounds[1](one):
                 raise UserError(f"{flag(key)} {one}: must be {bounds[0]}")
+    return given
 
+
+def resolve(s):
+    """Settings with every None filled from the recipes. Raises UserError for nonsense."""
+    given = check_values(s)
     method, dataset = (given.get(k, COMMON[k]) for k in ("method", "dataset"))
     networks = {"student": given.get("student", SIZES[dataset]["student"])}
     if method != "ce":
@@ -198,7 +198,7 @@ def resolve(s):
     if pretrained and dataset == "folder" and networks["student"] in TORCHVISION:
         tuned = FINE_TUNING[optimizer]
     if dataset == "glyphs":
-        tuned = tuned | dict(lr=tuned["lr"][method])
+        tuned = tuned | dict(lr=tuned["lr"].get(method, METHODS[method]["lr"]))
     if dataset == "imagenet" and method in ("kd", "sld"):
         tuned = tuned | dict(ce_weight=0.5, kd_weight=0.5)
 
@@ -224,17 +224,16 @@ def resolve(s):
     every = {name for m in METHODS for name in options_of(m)} | {"teacher", "teacher_checkpoint"}
     known = {*options_of(method)} | ({"teacher", "teacher_checkpoint"} if method != "ce" else set())
     foreign = ", ".join(flag(k) for k in given if k in every - known)
-    ours = [name for name in networks.values() if name in MODELS]
     for wrong, message in (
         (foreign,
          f"{foreign}: no part of --method {method}; leave it out, or choose another method"),
         (full["temperatures"] == (), "--temperatures: give at least one"),
         (full["warmup"] >= epochs,
          f"--warmup {full['warmup']:g}: must be shorter than the {epochs} epochs"),
-        (ours and given.get("pretrained"),
-         f"--pretrained: there are no weights for {', '.join(ours)}; leave it out, or choose "
-         "networks of torchvision.models"),
-        (not full["student_swap"] and {"gamma", "detach"} & given.keys(),
+        (not theirs and "pretrained" in given,
+         f"--pretrained: there are no weights for {', '.join(networks.values())}; leave it out, or "
+         "choose networks of torchvision.models"),
+        (not full["student_swap"] and ("gamma" in given or given.get("detach")),
          "--gamma, --detach: part of the student swap; leave out --no-student-swap or them"),
         (full["student_swap"] and full["gamma"] >= epochs,
          f"--gamma {full['gamma']}: the student swap would never start in a run of {epochs} "
@@ -394,6 +393,9 @@ def run(settings, run_dir=None, resume=False):
         # All have looked into the folder before the first writes there.
         dist.barrier()
     device = pick_device(s.device)
+    if world > 1:
+        # As several_processes chose.
+        device = pick_device("cuda" if dist.get_backend() == "nccl" else "cpu")
     s = dataclasses.replace(s, amp=amp_by_default(device) if s.amp is None else s.amp)
     data = load(s.dataset, s.data_dir, s.image_size, evaluate=s.evaluate)
     if device.type == "cuda" and data.area is None:
@@ -436,6 +438,9 @@ def run(settings, run_dir=None, resume=False):
         if saved.get("data", data.digests) not in (data.digests, list(data.digests or ())):
             raise UserError(f"--data-dir {s.data_dir}: not the images of this run (names, sizes or "
                             "times of files differ); put them back, or start anew")
+        if saved.get("processes", world) != world:
+            print(f"note      begun in {saved['processes']} processes, which give other numbers "
+                  f"than {world}")
         student.load_state_dict(saved["model"])
         optimizer.load_state_dict(saved["optimizer"])
         # Empty from a run without float16.
@@ -449,11 +454,6 @@ def run(settings, run_dir=None, resume=False):
     precision = f"mixed precision ({half})" if s.amp else "float32"
     processes = f" in {world} processes" if world > 1 else ""
     print(f"device    {device.type}{processes}, {precision}; run folder {folder}")
-    by_default = settings.lr is None and s.optimizer == "sgd" and not resume
-    usual = SIZES[s.dataset]["batch_size"]
-    if by_default and s.batch_size != usual:
-        print(f"note      batch {s.batch_size} is not the recipe's {usual}; linear scaling would "
-              f"give --lr {s.lr * s.batch_size / usual:g} instead of {s.lr:g} (not applied)")
     with contextlib.nullcontext() if rank else lock(folder), explained(s, folder, history):
         if rank == 0:
             open_folder(folder, s, data, learner, resume)
@@ -511,8 +511,7 @@ def open_run(settings, run_dir, resume):
     folder = Path(run_dir)
     try:
         config = json.loads((folder / "config.json").read_text("utf-8"))
-        config = {k: v for k, v in config.items() if k not in GONE}
-        saved = resolve(Settings(**dict(evaluate="test") | config))
+        saved = resolve(Settings(**config))
     except (OSError, ValueError, TypeError, AttributeError) as error:
         raise UserError(f"--resume: {folder} holds no run to go on with (config.json: {error}); "
                         "start anew with another --run-dir, or remove this one")
@@ -528,17 +527,19 @@ def open_run(settings, run_dir, resume):
         raise UserError(f"--resume: {last} is gone, so nothing can go on; put it back, or start "
                         "anew with another --run-dir")
     checkpoint = load_model(last)[1] if last.exists() else None
-    if checkpoint and comparable(checkpoint.get("settings")) != comparable(vars(saved)):
+    if checkpoint and not is_of(checkpoint, saved):
         raise UserError(f"--resume: {last} is not a checkpoint of this run; put the run's own back")
     free = {k: given[k] for k in FREE if given[k] is not None}
-    return dataclasses.replace(saved, **free), folder, checkpoint
+    return resolve(dataclasses.replace(saved, **free)), folder, checkpoint
 
 
-def comparable(settings):
-    """{name: value} of what fixes a run's result, or None. A checkpoint has lists for tuples, and
-    not yet the settings of later versions."""
-    return settings and {k: list(v) if isinstance(v, tuple) else v for k, v in settings.items()
-                         if k not in FREE and v is not None}
+def is_of(checkpoint, s):
+    """Whether it is one of the run with these Settings. An older one may not have all of them."""
+    theirs = checkpoint.get("settings")
+    # JSON has one form for lists and tuples.
+    return isinstance(theirs, dict) and all(
+        json.dumps(v, default=str) == json.dumps(getattr(s, k, None)) for k, v in theirs.items()
+        if k not in FREE and v is not None)
 
 
 COLUMNS = (  # heading, key, width, format
@@ -621,8 +622,10 @@ def cached_teacher(s, data):
     """The last.pt of this data's own teacher, after the epochs that it lacks."""
     name = s.dataset
     if data.area is not None:
+        name = f"{Path(s.data_dir).resolve().name}-{s.image_size}px"
+    if data.digests:
         # Two folders may share a name: their files tell them apart.
-        name = f"{Path(s.data_dir).resolve().name}-{s.image_size}px-{data.digests[0]}"
+        name += f"-{data.digests[0]}"
     if s.evaluate == "val":
         # The teacher must not know the images that are measured on either.
         name += "-val"
@@ -646,6 +649,9 @@ def cached_teacher(s, data):
           f"first, in {folder}\n(your own instead: --teacher-checkpoint FILE)\n")
     try:
         run(mine, folder, resume=started)
+        if process()[1] > 1:
+            # The first process may still be writing.
+            dist.barrier()
     except KeyboardInterrupt as stop:
         stop.__notes__ = ["the same command goes on with the teacher"]
         raise
@@ -721,8 +727,8 @@ def save(folder, s, data, learner, history):
         model={k: v.cpu() for k, v in learner.student.state_dict().items()})
     resumable = student | dict(
         optimizer=learner.optimizer.state_dict(), scaler=learner.scaler.state_dict(),
-        teacher_digest=learner.teacher_digest, data=data.digests, history=history,
-        settings=dataclasses.asdict(s))
+        teacher_digest=learner.teacher_digest, data=data.digests, processes=process()[1],
+        history=history, settings=dataclasses.asdict(s))
     for name, content in (("best.pt", student), ("last.pt", resumable)):
         if name == "last.pt" or top1 == row["best_top1"]:
             buffer = io.BytesIO()
@@ -824,6 +830,9 @@ def several_processes(device):
         return
     gpu = torch.cuda.is_available() and device != "cpu"
     if gpu:
+        if int(os.environ["LOCAL_RANK"]) >= torch.cuda.device_count():
+            raise UserError(f"--nproc-per-node: there are {torch.cuda.device_count()} GPUs here; "
+                            "start as many processes, or give --device cpu")
         torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
     dist.init_process_group("nccl" if gpu else "gloo")
     try:

@@ -16,6 +16,7 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
 import eval as evaluation  # noqa: E402
+from train import TUNED  # noqa: E402
 
 TEACHER = "--teacher-checkpoint results/teachers/{}/seed0/last.pt"
 # The teacher of the default experiment, as train.py trains it by itself.
@@ -36,8 +37,45 @@ def grid(lrs, more=""):
             for method, flags in by_method.items() for lr in lrs[method]}
 
 
+# The ladder: one thing changes at a time. Within a family of objectives the rate is the same:
+# that of kd for T = 4, that of sld for T = 1 to 6.
+RATE = TUNED["sgd"]["lr"]["sld"]
+SIX = f"--method kd --views both --temperatures 1 2 3 4 5 6 --lr {RATE}"
+# Chosen on validation images: results/tuning-omega, results/tuning-ce-weight.
+OMEGA, CE_WEIGHT = 2, 1
+LADDER = {
+    "01-ce-weak": "--method ce", "02-ce-both": "--method ce --views both",
+    "03-kd-weak": "--method kd", "04-kd-both": "--method kd --views both",
+    "05-kd-both-T1to6": SIX, "06-teacher-swap": "--method sld --no-student-swap",
+    "07-GA-teacher": f"--method sld --no-student-swap --teacher-fix add --omega {OMEGA}",
+    "08-both-swaps": "--method sld --gamma 0", "09-sld": "--method sld",
+    "10-sld-detached": "--method sld --detach", "11-sld-weak": "--method sld --views weak",
+    "12-student-swap": "--method sld --teacher-fix none",
+    # Six temperatures are six times the weight too; hence their rate.
+    "13-kd-both-weight-x6": f"--method kd --views both --kd-weight 5.4 --lr {RATE}",
+    "14-kd-both-T1to6-more-ce": f"{SIX} --ce-weight {CE_WEIGHT}",
+    "15-teacher-swap-strong": "--method sld --no-student-swap --teacher-fix swap-strong",
+    "16-dkd-both": "--method dkd --views both", "17-rld-both": "--method rld --views both",
+    "18-sld-standardized": "--method sld --standardize",
+    "19-kd-both-T1to6-standardized": f"{SIX} --standardize"}
+
+
+def taught(flags, teacher):
+    return flags if "--method ce" in flags else f"{flags} {TEACHER.format(teacher)}"
+
+
+def variants(flags, name, values):
+    return {f"{name.strip('-')}{v:g}": f"{taught(flags, 'glyphs-val')} {name} {v:g} --evaluate val"
+            for v in values}
+
+
 # group: (its rows, each with flags of train.py; the seeds)
 GROUPS = {
+    "glyphs": ({row: taught(flags, "glyphs") for row, flags in LADDER.items()}, range(5)),
+    "tuning-dkd": (variants(LADDER["16-dkd-both"], "--lr", (0.1, 0.2, 0.4, 0.8)), range(1)),
+    "tuning-rld": (variants(LADDER["17-rld-both"], "--lr", (0.1, 0.2, 0.4, 0.8)), range(1)),
+    "tuning-omega": (variants(LADDER["07-GA-teacher"], "--omega", (0.5, 1, 2, 4, 8)), range(1)),
+    "tuning-ce-weight": (variants(SIX, "--ce-weight", (0.1, 0.3, 1, 3, 10)), range(1)),
     "teachers": ({"glyphs": ALONE, "glyphs-val": f"{ALONE} --evaluate val"}, range(1)),
     "stability": ({f"{name}-{n}-thread": f"{ALONE} {flag}"
                    for name, flag in (("float32", "--no-amp"), ("bfloat16", "--amp"))

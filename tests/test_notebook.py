@@ -57,7 +57,8 @@ def small(tmp_path, monkeypatch):
         monkeypatch.setattr(data, name, value)
     parts = [*data.render_glyphs(300, seed=1), *data.render_glyphs(150, seed=2)]
     parts[3][:20] = 0
-    teacher, folder = create_model("resnet14", 47), tmp_path / "runs/teacher-glyphs-resnet14"
+    teacher = create_model("resnet14", 47)
+    folder = tmp_path / f"runs/teacher-glyphs-{data.GLYPHS_VERSION}-resnet14"
     torch.nn.init.normal_(teacher.fc.weight, std=0.05)
     torch.nn.init.constant_(teacher.fc.bias[:1], 3)
     folder.mkdir(parents=True)

@@ -297,3 +297,93 @@ def test_eval_of_a_file_that_cannot_be_read(command, path):
     if path == "sealed.pt" and os.access(path, os.R_OK):
         pytest.skip("to root no file is sealed")
     refused(command(evaluation, path, "--model", "resnet8", "--dataset", "glyphs"), path)
+
+
+def test_a_folder_read_as_two_data_sets_keeps_its_labels(tmp_path):
+    """At sizes that are stored alike, in another order."""
+    for part in ("train", "test"):
+        for k in range(10):
+            (tmp_path / f"set/{part}/{k}").mkdir(parents=True)
+            for i in range(3):
+                Image.new("RGB", (32, 32), (k, i, 0)).save(tmp_path / f"set/{part}/{k}/{i}.png")
+    for name, size in (("folder", 28), ("cifar10", 32), ("folder", 28)):
+        images, labels = data.load(name, tmp_path / "set", size).train
+        assert torch.equal(images[:, 0, 5, 5].long(), labels), name
+
+
+@pytest.mark.parametrize("name, measured", [("folder", "test"), ("imagenet", "val")])
+def test_which_part_is_measured_where_there_are_three(colors, tmp_path, monkeypatch, name,
+                                                      measured):
+    root = shutil.copytree(colors, tmp_path / "three")
+    shutil.copytree(root / "val", root / "test")
+    (root / "test/red/0.png").unlink()
+    monkeypatch.setattr(data, "IMAGENET", (3, *data.IMAGENET[1:]))
+    assert len(data.load(name, root, 16).test[1]) == (59 if measured == "test" else 60)
+
+
+@pytest.mark.parametrize("options", [
+    dict(), dict(method="ce"), dict(method="dkd", standardize=True), dict(student_swap=False),
+    dict(method="kd", temperatures=[1, 2]), dict(teacher_fix="add", omega=2.0), dict(detach=True),
+    dict(student="vit_nano"), dict(dataset="cifar10"), dict(dataset="imagenet"),
+    dict(dataset="folder"), dict(dataset="folder", teacher="resnet50"),
+    dict(dataset="folder", teacher="resnet50", student="mobilenet_v3_small"),
+    dict(dataset="folder", teacher="resnet50", student="vit_b_16", pretrained=False)], ids=str)
+def test_what_was_resolved_resolves_to_itself(options):
+    """Else a run could not be resumed from its config.json."""
+    s = train.resolve(train.Settings(**options))
+    again = train.Settings(**json.loads(json.dumps(train.dataclasses.asdict(s))))
+    assert train.resolve(again) == s
+
+
+def test_a_path_given_to_a_resumed_run_leaves_a_checkpoint_that_loads(short):
+    train.run(short(epochs=1), "run")
+    shutil.copytree("run", "kept")
+    train.run(train.Settings(data_dir=Path(short().data_dir)), "run", resume=True)
+    assert load_model("run/last.pt")[1]["settings"]["data_dir"] == short().data_dir
+
+
+def test_the_readmes_way_to_a_new_objective(monkeypatch):
+    monkeypatch.setitem(train.losses.OBJECTIVES, "mine", train.losses.kd)
+    monkeypatch.setitem(train.METHODS, "mine", dict(views="weak", lr=0.03))
+    choices = train.Settings.__dataclass_fields__["method"].metadata["choices"]
+    assert choices == tuple(train.losses.OBJECTIVES)[:-1]
+    field = train.Settings.__dataclass_fields__["method"]
+    monkeypatch.setattr(field, "metadata", dict(field.metadata, choices=(*choices, "mine")))
+    assert train.resolve(train.Settings(method="mine")).lr == 0.03
+
+
+def test_a_table_of_a_single_run(short, command):
+    train.run(short(epochs=1), "run")
+    refused(command(evaluation, "--table", "run"), "--table run: is a run")
+    Path("run/config.json").write_text("[]")
+    refused(command(evaluation, "--table", "."), "readable config.json")
+
+
+def test_flags_of_pretrained_without_effect(command):
+    for word in ("--pretrained", "--no-pretrained"):
+        refused(command(train, word), "--pretrained: there are no weights for resnet8, resnet14")
+
+
+def test_a_regnet_is_not_given_one_image(command, base):
+    flags = ["regnet_y_400mf" if word == "resnet8" and flag == "--student" else word
+             for flag, word in zip((None, *base), base)]
+    refused(command(train, *flags, "--image-size", 32, "--batch-size", 119, "--no-pretrained"),
+            "--batch-size 119: leaves one image")
+
+
+def test_the_cached_teacher_is_of_this_version_of_glyphs(easy_glyphs, command, monkeypatch):
+    monkeypatch.setitem(train.TEACHERS, "glyphs", dict(epochs=1))
+    monkeypatch.setattr(train, "measure", lambda *a: evaluation.measure(*a) | dict(top1=60.0))
+    flags = ("--data-dir", easy_glyphs, "--epochs", 1, "--device", "cpu", "--method", "kd")
+    assert command(train, *flags)[0] == 0
+    assert Path(f"runs/teacher-glyphs-{data.GLYPHS_VERSION}-resnet14/last.pt").exists()
+
+
+def test_a_folder_linked_at_two_depths_is_read_whole(colors, tmp_path):
+    root = shutil.copytree(colors, tmp_path / "photos")
+    (tmp_path / "pool/2020").mkdir(parents=True)
+    for name in ("pool/own.png", "pool/2020/old.png"):
+        shutil.copy(root / "train/red/0.png", tmp_path / name)
+    (root / "train/red/a").symlink_to(tmp_path / "pool/2020")
+    (root / "train/red/b").symlink_to(tmp_path / "pool")
+    assert len(data.load("folder", root, 16).train[1]) == 122

@@ -49,12 +49,15 @@ def start(tmp_path, colors, color_teacher):
              "nonorm", "--teacher", "resnet8", "--teacher-checkpoint", color_teacher, "--epochs", 1,
              "--batch-size", 50, "--device", "cpu", "--no-amp", "--run-dir")
 
-    def begin(*more, folder="run", world=2, resume=False):
+    def begin(*more, folder="run", world=2, resume=False, code=CHILD, without=()):
         with socket.socket() as free:
             free.bind(("127.0.0.1", 0))
             port = free.getsockname()[1]
-        code = CHILD.format(root=str(ROOT), tests=str(ROOT / "tests"))
+        code = code.format(root=str(ROOT), tests=str(ROOT / "tests"))
         words = ("--resume", "--run-dir") if resume else flags
+        for flag in without:
+            at = words.index(flag)
+            words = words[:at] + words[at + 2:]
         command = [sys.executable, "-c", code, *map(str, words), folder, *map(str, more)]
         for rank in range(world):
             env = os.environ | dict(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(world),
@@ -121,6 +124,30 @@ def test_resume_is_exact_for_the_same_number_of_processes(start, tmp_path):
     assert [end[0] for end in ends(start(resume=True))] == [0, 0]
     whole, run = weights(tmp_path / "whole"), weights(tmp_path / "run")
     assert all(torch.equal(whole[k], run[k]) for k in whole)
+
+
+SLOW_TEACHER = """
+import sys, time
+sys.path[:0] = [{root!r}, {tests!r}]
+import torch, train
+torch.set_num_threads(1)
+train.SIZES["folder"]["epochs"] = 2
+save, get_teacher = train.save, train.get_teacher
+train.save = lambda *a: time.sleep(1) or save(*a)
+def seen(*a):
+    teacher, digest = get_teacher(*a)
+    open(f"digest{{train.process()[0]}}", "w").write(digest)
+    return teacher, digest
+train.get_teacher = seen
+train.main()
+"""
+
+
+def test_all_learn_from_the_teacher_of_the_last_epoch(start, tmp_path):
+    statuses = ends(start("--student", "resnet8", code=SLOW_TEACHER,
+                          without=["--teacher-checkpoint"]))
+    assert [end[0] for end in statuses] == [0, 0], statuses
+    assert (tmp_path / "digest0").read_text() == (tmp_path / "digest1").read_text()
 
 
 def wait_for(path, process):
