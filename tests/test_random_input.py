@@ -184,8 +184,9 @@ def test_whatever_is_drawn_ends_well(command, easy_glyphs, request, monkeypatch,
             raise AssertionError(about) from error
         took = time.perf_counter() - start
         assert status in (0, 2), (about, status, out, err)
-        # Torch says before the one line what it tries to download.
-        err = "".join(x for x in err.splitlines(True) if not x.startswith("Downloading: "))
+        # Before the one line torch says what it downloads, and eval.py --json what is prepared.
+        on_the_way = "Downloading: ", "decoding ", "rendering "
+        err = "".join(x for x in err.splitlines(True) if not x.startswith(on_the_way))
         assert status == 0 or err.count("\n") == 1 and err.startswith(f"{script.__name__}.py: "), (
             about, err)
         assert "Traceback" not in out + err, about
