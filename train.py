@@ -181,6 +181,12 @@ def resolve(s):
     """Settings with every None filled from the recipes. Raises UserError for nonsense."""
     given = check_values(s)
     method, dataset = (given.get(k, COMMON[k]) for k in ("method", "dataset"))
+    every = {name for m in METHODS for name in options_of(m)} | {"teacher", "teacher_checkpoint"}
+    known = {*options_of(method)} | ({"teacher", "teacher_checkpoint"} if method != "ce" else set())
+    foreign = ", ".join(flag(k) for k in given if k in every - known)
+    if foreign:
+        raise UserError(f"{foreign}: no part of --method {method}; leave it out, or choose another "
+                        "method")
     networks = {"student": given.get("student", SIZES[dataset]["student"])}
     if method != "ce":
         networks["teacher"] = given.get("teacher", SIZES[dataset]["teacher"])
@@ -221,12 +227,7 @@ def resolve(s):
     if full["temperatures"] is not None:
         full["temperatures"] = tuple(full["temperatures"])
 
-    every = {name for m in METHODS for name in options_of(m)} | {"teacher", "teacher_checkpoint"}
-    known = {*options_of(method)} | ({"teacher", "teacher_checkpoint"} if method != "ce" else set())
-    foreign = ", ".join(flag(k) for k in given if k in every - known)
     for wrong, message in (
-        (foreign,
-         f"{foreign}: no part of --method {method}; leave it out, or choose another method"),
         (full["temperatures"] == (), "--temperatures: give at least one"),
         (full["warmup"] >= epochs,
          f"--warmup {full['warmup']:g}: must be shorter than the {epochs} epochs"),

@@ -88,7 +88,10 @@ GROUPS = {
     "recipes": (recipes(), range(3)),
     "recipes-twice": (recipes(more="--epochs 16"), range(1)),
     "recipes-vit": (recipes(more="--student vit_nano"), range(1)),
-    "vit-teacher": ({"1-vit_nano": "--method ce --student vit_nano"}, range(1)),
+    # The other way round: the ViT of recipes-vit/1-ce teaches a resnet8.
+    "vit-teacher": ({f"{k}-{method}": f"--method {method} --teacher vit_nano --teacher-checkpoint "
+                     "results/recipes-vit/1-ce/seed0/last.pt"
+                     for k, method in enumerate(("kd", "sld"), 1)}, range(1)),
 }
 
 
