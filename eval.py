@@ -203,10 +203,16 @@ def read_run(folder):
     try:
         config = json.loads((folder / "config.json").read_text())
         rows = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
-        config.keys()
-    except (OSError, ValueError, AttributeError) as error:
+        words = [config.get(k) for k in ("dataset", "student", "teacher", "schedule", "evaluate")]
+        counts = [config.get(k) for k in ("epochs", "gamma", "seed", "image_size")]
+        numbers = [value for row in rows for value in (row["epoch"], *row.values())]
+        for values, kinds in ((words, (str, type(None))), (counts, (int, type(None))),
+                              (numbers, (int, float))):
+            if not all(isinstance(value, kinds) for value in values):
+                raise ValueError("a value of the wrong type")
+    except (OSError, ValueError, AttributeError, KeyError) as error:
         raise UserError(f"{folder}: needs a readable config.json and metrics.jsonl ({error})")
-    numbers = [row.get(top1_of(config)) if isinstance(row, dict) else None for row in rows]
+    numbers = [row.get(top1_of(config)) for row in rows]
     if not all(isinstance(x, (int, float)) and math.isfinite(x) for x in numbers or [None]):
         raise UserError(f"{folder / 'metrics.jsonl'}: empty, or not written by train.py")
     return config, rows
@@ -348,7 +354,8 @@ def plot(folders):
         config, rows = read_run(folder)
         epoch = [row["epoch"] for row in rows]
         gamma, step = config.get("gamma"), config.get("schedule") == "step"
-        drops = [b["epoch"] for a, b in zip(rows, rows[1:]) if step and b["lr"] < 0.5 * a["lr"]]
+        rates = [row.get("lr", math.nan) for row in rows]
+        drops = [e for e, a, b in zip(epoch[1:], rates, rates[1:]) if step and b < 0.5 * a]
         for ax, (title, colours) in zip(axes, panels.items()):
             for key in [key for key in colours if any(key in row for row in rows)]:
                 values = [row.get(key, math.nan) for row in rows]
