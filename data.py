@@ -343,7 +343,7 @@ FONTS = [f"DejaVu{family}{style}.ttf"
 FONTS += ["STIXGeneral.ttf", "STIXGeneralBol.ttf", "STIXGeneralItalic.ttf", "STIXGeneralBolIta.ttf"]
 FONTS += ["cmr10.ttf", "cmb10.ttf", "cmss10.ttf", "cmtt10.ttf"]
 # The difficulty, tuned so that the default teacher errs often enough to matter (README).
-GLYPHS_VERSION, GLYPHS_SIZE, GLYPHS_TRAIN, GLYPHS_TEST = "v4", 16, 15_000, 5000
+GLYPHS_VERSION, GLYPHS_SIZE, GLYPHS_TRAIN, GLYPHS_TEST = "v5", 16, 16_000, 5000
 ROTATION, ZOOM, JITTER, CONTRAST = 20, (1.05, 1.4), 0.3, (0.5, 1)
 DISTRACTORS, AWAY, NOISE = 3, (0.85, 1.3), (0.02, 0.17)
 

@@ -80,13 +80,13 @@ GROUPS = {
     "stability": ({f"{name}-{n}-thread": f"{ALONE} {flag}"
                    for name, flag in (("float32", "--no-amp"), ("bfloat16", "--amp"))
                    for n in (1, 2)}, range(3)),
-    "tuning": (grid(GRID), range(3)),
+    "tuning": (grid(GRID), range(2)),
     # The rate of 0.2 is teachers/glyphs-val.
     "tuning-teacher": ({f"resnet14-lr{lr:g}": f"{ALONE} --evaluate val --lr {lr:g}"
                         for lr in (0.1, 0.4, 0.8)}, range(1)),
     "tuning-vit": (grid(VIT_GRID, "--student vit_nano"), range(1)),
     "recipes": (recipes(), range(3)),
-    "recipes-twice": (recipes(more="--epochs 16"), range(1)),
+    "recipes-twice": (recipes(more="--epochs 18"), range(1)),
     "recipes-vit": (recipes(more="--student vit_nano"), range(1)),
     # The other way round: the ViT of recipes-vit/1-ce teaches a resnet8.
     "vit-teacher": ({f"{k}-{method}": f"--method {method} --teacher vit_nano --teacher-checkpoint "

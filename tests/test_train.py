@@ -56,8 +56,8 @@ def test_the_teacher_can_be_swapped_on_the_strong_view_alone():
 def test_the_default_is_sld_on_glyphs():
     s = resolve(Settings())
     assert (s.method, s.dataset, s.teacher, s.student) == ("sld", "glyphs", "resnet14", "resnet8")
-    assert (s.epochs, s.gamma, s.image_size, s.evaluate) == (8, 5, data.GLYPHS_SIZE, "test")
-    assert (s.optimizer, s.schedule, s.warmup) == ("sgd", "cosine", 0.8)
+    assert (s.epochs, s.gamma, s.image_size, s.evaluate) == (9, 6, data.GLYPHS_SIZE, "test")
+    assert (s.optimizer, s.schedule, s.warmup) == ("sgd", "cosine", 0.9)
 
 
 def test_imagenets_recipe_is_the_papers():
