@@ -413,45 +413,10 @@ def run(settings, run_dir=None, resume=False):
         with blaming(f"--batch-size {s.batch_size}: leaves one image for the last step: "):
             check_size(s.student, s.image_size, images=1)
 
-    torch.manual_seed(s.seed)
-    C, pretrained = len(data.classes), s.pretrained and s.student in TORCHVISION and not saved
-    with blaming("--student "):
-        student = create_model(s.student, C, s.image_size, pretrained)
-    if pretrained:
-        print(f"student   {s.student} from torchvision's ImageNet weights"
-              + (f", with a new last layer for {C} classes" if C != 1000 else ""))
-    teacher, digest = get_teacher(s, data, device) if s.teacher else (None, None)
-    student.to(device, memory_format=torch.channels_last)
-    autocast, scaler = mixed_precision(device, s.amp)
-    parallel = student
-    if world > 1:
-        # Batch norm's statistics stay each process's own; those of the first are saved. The warning
-        # is of the keyword's new name, which older versions do not know.
-        with warnings.catch_warnings(action="ignore"):
-            parallel = DistributedDataParallel(student, broadcast_buffers=False)
-    optimizer = make_optimizer(s, student)
-    learner = Learner(student, parallel, teacher, digest, optimizer, autocast, scaler)
-    history = []
-    if saved:
-        if saved["teacher_digest"] != digest:
-            raise UserError(f"--resume: {folder} was trained with another teacher; give its "
-                            "--teacher-checkpoint")
-        if saved.get("data", data.digests) not in (data.digests, list(data.digests or ())):
-            raise UserError(f"--data-dir {s.data_dir}: not the images of this run (names, sizes or "
-                            "times of files differ); put them back, or start anew")
-        if saved.get("processes", world) != world:
-            print(f"note      begun in {saved['processes']} processes, which give other numbers "
-                  f"than {world}")
-        student.load_state_dict(saved["model"])
-        optimizer.load_state_dict(saved["optimizer"])
-        # Empty from a run without float16.
-        if saved["scaler"]:
-            scaler.load_state_dict(saved["scaler"])
-        history = saved["history"]
-
+    learner, history = begin(s, data, device, saved)
     print(f"data      {s.dataset}: {n} training and {len(data.test[1])} {PARTS[s.evaluate]} "
-          f"images, {C} classes, {s.image_size} px\n{in_words(s)}")
-    half = str(autocast.fast_dtype).removeprefix("torch.")
+          f"images, {len(data.classes)} classes, {s.image_size} px\n{in_words(s)}")
+    half = str(learner.autocast.fast_dtype).removeprefix("torch.")
     precision = f"mixed precision ({half})" if s.amp else "float32"
     processes = f" in {world} processes" if world > 1 else ""
     print(f"device    {device.type}{processes}, {precision}; run folder {folder}")
@@ -462,12 +427,13 @@ def run(settings, run_dir=None, resume=False):
               f"strong (Ts) views, of the student (S)\n\n{header(s.evaluate)}")
         for epoch in range(len(history) + 1, s.epochs + 1):
             row = train_epoch(s, epoch, learner, data)
-            if not all(v.isfinite().all() for v in student.state_dict().values()):
+            if not all(v.isfinite().all() for v in learner.student.state_dict().values()):
                 raise UserError(f"epoch {epoch}: the weights are not finite; try a smaller --lr")
             if rank:
                 history.append(row)
                 continue
-            measured = measure(predict(student, data.test[0], data.mean, data.std), data.test[1])
+            logits = predict(learner.student, data.test[0], data.mean, data.std)
+            measured = measure(logits, data.test[1])
             row |= {f"{s.evaluate}_{k}": measured[k] for k in ("top1", "top5", "nll")}
             row["best_top1"] = max([r["best_top1"] for r in history] + [measured["top1"]])
             save(folder, s, data, learner, history + [row])
@@ -486,6 +452,44 @@ def run(settings, run_dir=None, resume=False):
     print(f"\nlast epoch {last:.2f} %, best {best:.2f} % (selected on {s.evaluate}); "
           f"python eval.py {shlex.quote(str(folder / 'last.pt'))}")
     return history
+
+
+def begin(s, data, device, saved):
+    """(Learner, history) of a new run, or of one that goes on from the checkpoint `saved`."""
+    torch.manual_seed(s.seed)
+    C, pretrained = len(data.classes), s.pretrained and s.student in TORCHVISION and not saved
+    with blaming("--student "):
+        student = create_model(s.student, C, s.image_size, pretrained)
+    if pretrained:
+        print(f"student   {s.student} from torchvision's ImageNet weights"
+              + (f", with a new last layer for {C} classes" if C != 1000 else ""))
+    teacher, digest = get_teacher(s, data, device) if s.teacher else (None, None)
+    student.to(device, memory_format=torch.channels_last)
+    autocast, scaler = mixed_precision(device, s.amp)
+    parallel, world = student, process()[1]
+    if world > 1:
+        # Batch norm's statistics stay each process's own; those of the first are saved. The warning
+        # is of the keyword's new name, which older versions do not know.
+        with warnings.catch_warnings(action="ignore"):
+            parallel = DistributedDataParallel(student, broadcast_buffers=False)
+    optimizer = make_optimizer(s, student)
+    learner = Learner(student, parallel, teacher, digest, optimizer, autocast, scaler)
+    if not saved:
+        return learner, []
+    if saved["teacher_digest"] != digest:
+        raise UserError("--resume: the run had another teacher; give its --teacher-checkpoint")
+    if saved.get("data", data.digests) not in (data.digests, list(data.digests or ())):
+        raise UserError(f"--data-dir {s.data_dir}: not the images of this run (names, sizes or "
+                        "times of files differ); put them back, or start anew")
+    if saved.get("processes", world) != world:
+        print(f"note      begun in {saved['processes']} processes, which give other numbers "
+              f"than {world}")
+    student.load_state_dict(saved["model"])
+    optimizer.load_state_dict(saved["optimizer"])
+    # Empty from a run without float16.
+    if saved["scaler"]:
+        scaler.load_state_dict(saved["scaler"])
+    return learner, saved["history"]
 
 
 def open_run(settings, run_dir, resume):
