@@ -447,7 +447,7 @@ def test_a_vit_as_student_and_as_teacher(short, teacher, student):
 
 @pytest.mark.parametrize("change", [
     dict(views="strong"), dict(method="mlkd"), dict(student="resnet9"), dict(temperatures=()),
-    dict(gamma=8), dict(evaluate="train")])
+    dict(gamma=9), dict(evaluate="train")])
 def test_a_notebooks_mistakes_raise_one_line(change):
     with pytest.raises(data.UserError, match=next(iter(change))):
         resolve(Settings(**change))
