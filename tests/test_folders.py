@@ -126,7 +126,7 @@ def test_two_starts_at_once_decode_once(colors, capsys):
     second = threading.Thread(target=lambda: loaded.append(data.load("folder", colors, 14)))
     second.start()
     said = ""
-    while "waiting for the process that decodes images" not in said:
+    while "waiting for the process that prepares images" not in said:
         assert second.is_alive()
         said += capsys.readouterr().out
         time.sleep(0.01)
