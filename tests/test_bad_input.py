@@ -23,7 +23,6 @@ FLAGS = [
     ("--teacher googlenet", "googlenet: returns more than logits"),
     ("--student fcn_resnet50", "fcn_resnet50: unknown"), ("--student ???", "???: unknown"),
     ("--pretrained", "--pretrained: there are no weights for resnet8, resnet14"),
-    ("--pretrained --student resnet18 --method kd", "no weights for resnet14"),
     ("--student vit_b_16 --dataset folder --image-size 64", "--image-size 64: vit_b_16"),
     ("--student vgg11", "--image-size 16: vgg11"),
     ("--dataset imagenette", "imagenette"), ("--epochs 0", "--epochs 0"),
