@@ -210,7 +210,7 @@ def read_run(folder):
                               (numbers, (int, float))):
             if not all(isinstance(value, kinds) for value in values):
                 raise ValueError("a value of the wrong type")
-    except (OSError, ValueError, AttributeError, KeyError) as error:
+    except (OSError, ValueError, AttributeError, KeyError, TypeError) as error:
         raise UserError(f"{folder}: needs a readable config.json and metrics.jsonl ({error})")
     numbers = [row.get(top1_of(config)) for row in rows]
     if not all(isinstance(x, (int, float)) and math.isfinite(x) for x in numbers or [None]):
