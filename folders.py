@@ -53,12 +53,16 @@ def scan(folder, classes):
 
     classes: all that there may be, in the order of the labels.
     """
-    extra = sorted(set(class_names(folder)) - set(classes))
+    names = class_names(folder)
+    extra = sorted(set(names) - set(classes))
     if extra:
         raise UserError(f"{folder}: class {extra[0]!r} has no folder in the training part")
+    Image.init()
+    endings = tuple(end for end, form in Image.registered_extensions().items()
+                    if form in Image.OPEN)
     paths, labels = [], []
-    for name in class_names(folder):
-        found = list(_image_files(os.path.join(folder, name)))
+    for name in names:
+        found = list(_image_files(os.path.join(folder, name), endings))
         if not found:
             raise UserError(f"{folder}: class {name!r} has no image; every class needs at least "
                             "one, in a format that Pillow reads")
@@ -67,16 +71,14 @@ def scan(folder, classes):
     return paths, torch.tensor(labels)
 
 
-def _image_files(top):
+def _image_files(top, endings):
     """The paths of the image files below a class's folder, in order, those that are linked too."""
-    Image.init()
-    endings = tuple(end for end, form in Image.registered_extensions().items()
-                    if form in Image.OPEN)
-    seen = {os.path.realpath(top)}
+    root = os.path.realpath(top)
+    seen = {root}
     try:
         for folder, inner, files in os.walk(top, onerror=_raise, followlinks=True):
             real = {name: os.path.realpath(os.path.join(folder, name)) for name in sorted(inner)}
-            here = os.path.realpath(top), os.path.realpath(folder)
+            here = root, os.path.realpath(folder)
             # A link to a folder around this one, or to one that was seen, would repeat its images.
             inner[:] = [name for name, path in real.items()
                         if path not in seen and not any(p.startswith(path + os.sep) for p in here)]

@@ -14,6 +14,22 @@ import data
 import train
 
 
+class File:
+    """A file whose writes a test can replace."""
+
+    def __init__(self, path, mode):
+        self.file = open(path, mode)
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *error):
+        self.file.close()
+
+    def __getattr__(self, name):
+        return getattr(self.file, name)
+
+
 def pytest_addoption(parser):
     parser.addoption("--kills", type=int, default=3,
                      help="how often test_reliability.py kills a run")

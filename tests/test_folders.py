@@ -12,6 +12,7 @@ import filelock
 import numpy as np
 import pytest
 import torch
+from conftest import File
 from PIL import Image
 from torchvision import transforms
 
@@ -90,16 +91,7 @@ def test_a_full_disk_is_one_line_with_the_bytes(colors, monkeypatch, when):
         full = shutil._ntuple_diskusage(10**6, 10**6 - 1000, 1000)
         monkeypatch.setattr(folders.shutil, "disk_usage", lambda path: full)
     else:
-        class Full:
-            def __init__(self, path, mode):
-                self.file = open(path, mode)
-
-            def __enter__(self):
-                return self
-
-            def __exit__(self, *error):
-                self.file.close()
-
+        class Full(File):
             def write(self, content):
                 if self.file.tell() > 10_000:
                     raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))

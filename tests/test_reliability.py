@@ -17,6 +17,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from conftest import File
 
 import data
 import train
@@ -25,20 +26,8 @@ import train
 FOREVER = 60
 
 
-class SlowFile:
+class SlowFile(File):
     """Writes in four pieces with a pause after each, so that most of a run's time is in a write."""
-
-    def __init__(self, path, mode):
-        self.file = open(path, mode)
-
-    def __enter__(self):
-        return self
-
-    def __exit__(self, *error):
-        self.file.close()
-
-    def __getattr__(self, name):
-        return getattr(self.file, name)
 
     def write(self, content):
         quarter = len(content) // 4 + 1
