@@ -3,8 +3,10 @@
 A run that is there is left alone, one that was cut off goes on, a teacher that is missing comes
 first. Each runs on one thread, but for the rows that say otherwise, so that its numbers do not
 depend on --jobs. Logs go to results/GROUP/<row>/seed<k>; weights stay beside them, out of git.
+A teacher's logits are kept in runs/logits, since rows of one seed and the same views need the same.
 """
 import argparse
+import hashlib
 import os
 import shutil
 import subprocess
@@ -15,7 +17,11 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
+import numpy as np  # noqa: E402
+import torch  # noqa: E402
+
 import eval as evaluation  # noqa: E402
+import train  # noqa: E402
 from train import TUNED  # noqa: E402
 
 TEACHER = "--teacher-checkpoint results/teachers/{}/seed0/last.pt"
@@ -97,6 +103,40 @@ GROUPS = {
 }
 
 
+def shared(teacher, folder):
+    """`teacher`, which looks for its logits in `folder` before it computes them, and leaves them
+    there. They are found by the very bytes of the images, so a log is the same to the bit."""
+    compute = teacher.forward
+
+    def forward(images):
+        pixels = images.permute(0, 2, 3, 1).contiguous().numpy()
+        file = folder / f"{hashlib.sha1(pixels).hexdigest()}.npy"
+        if file.exists():
+            return torch.from_numpy(np.load(file))
+        logits = compute(images)
+        beside = folder / f"{file.stem}.{os.getpid()}.npy"
+        np.save(beside, logits.float().numpy())
+        os.replace(beside, file)
+        return logits
+
+    folder.mkdir(parents=True, exist_ok=True)
+    teacher.forward = forward
+    return teacher
+
+
+def train_shared():
+    """train.py, with the flags that follow, and a teacher that is `shared`."""
+    own = train.get_teacher
+
+    def get_teacher(*args):
+        teacher, digest = own(*args)
+        return shared(teacher, ROOT / "runs/logits" / digest), digest
+
+    train.get_teacher = get_teacher
+    del sys.argv[1]
+    train.main()
+
+
 def make(folder, flags, seed):
     threads = "2" if folder.endswith("2-thread") else "1"
     folder, logs = f"{folder}/seed{seed}", f"{folder}/seed{seed}"
@@ -113,8 +153,8 @@ def make(folder, flags, seed):
     if (ROOT / folder / "config.json").exists():
         start = ["--resume"]
     with open(ROOT / "runs" / f"{folder}.out".replace("/", "-"), "w") as out:
-        done = subprocess.run([sys.executable, "train.py", *start, "--run-dir", folder], cwd=ROOT,
-                              stdout=out, stderr=subprocess.STDOUT,
+        done = subprocess.run([sys.executable, __file__, "train", *start, "--run-dir", folder],
+                              cwd=ROOT, stdout=out, stderr=subprocess.STDOUT,
                               env=os.environ | dict(OMP_NUM_THREADS=threads))
     if done.returncode == 0 and folder != logs:
         shutil.copy(ROOT / folder / "last.pt", ROOT / logs)
@@ -148,4 +188,4 @@ def main():
 
 
 if __name__ == "__main__":
-    main()
+    train_shared() if sys.argv[1:2] == ["train"] else main()
