@@ -94,7 +94,7 @@ GROUPS = {
     "recipes": (recipes(), range(3)),
     # On validation images as good as 0.2, within 0.03 points.
     "kd-rate": ({"kd-lr0.4": f"--method kd --lr 0.4 {TEACHER.format('glyphs')}"}, range(3)),
-    "recipes-twice": (recipes(more="--epochs 18"), range(1)),
+    "recipes-twice": (recipes(more="--epochs 18"), range(3)),
     "recipes-vit": (recipes(more="--student vit_nano"), range(1)),
     # The other way round: the ViT of recipes-vit/1-ce teaches a resnet8.
     "vit-teacher": ({f"{k}-{method}": f"--method {method} --teacher vit_nano --teacher-checkpoint "
