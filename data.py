@@ -7,7 +7,6 @@ nothing needs a worker process, and a resumed run needs no random state.
 """
 import dataclasses
 import math
-import os
 import urllib.error
 import warnings
 from pathlib import Path
@@ -98,11 +97,6 @@ def autocontrast(images, _):
     return _lookup(images, torch.where(high > low, table, level).byte())
 
 
-def equalize(images, _):
-    # The one operation that torchvision has bit-equal to Pillow.
-    return v2.functional.equalize(images)
-
-
 def _per_image(numbers, images):
     """(B,) float or uint8 numbers as (B, 1, 1, 1), on the images' device."""
     return numbers.to(images.device)[:, None, None, None]
@@ -160,7 +154,8 @@ COLOR_OPS = {
     "color": (0.05, 0.95, color),
     "contrast": (0.05, 0.95, contrast),
     "sharpness": (0.05, 0.95, sharpness),
-    "equalize": (0, 1, equalize),
+    # The one operation that torchvision has bit-equal to Pillow.
+    "equalize": (0, 1, lambda images, _: v2.functional.equalize(images)),
     "identity": (0, 1, lambda images, _: images),
     "posterize": (4, 8, posterize),
     "solarize": (0, 256, solarize),
@@ -500,9 +495,8 @@ def _load_glyphs(root, train):
         print(f"rendering the glyphs data set into {path}", flush=True)
         arrays = [*render_glyphs(GLYPHS_TRAIN, seed=1), *render_glyphs(GLYPHS_TEST, seed=2)]
         root.mkdir(parents=True, exist_ok=True)
-        temporary = path.with_name(f"{path.name}.{os.getpid()}.tmp.npz")
-        np.savez(temporary, **dict(zip(names, map(torch.Tensor.numpy, arrays))))
-        os.replace(temporary, path)
+        with folders.replacing(path) as file:
+            np.savez(file, **dict(zip(names, map(torch.Tensor.numpy, arrays))))
     mean, std = _statistics(arrays[0])
     # A mirrored character is another character, or none.
     return Dataset(tuple(arrays[:2]) if train else None, tuple(arrays[2:]), GLYPHS, mean, std,

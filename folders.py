@@ -41,6 +41,33 @@ def blaming(what):
         raise UserError(f"{what}{error}")
 
 
+@contextlib.contextmanager
+def replacing(path):
+    """A binary file to write into, which takes the place of `path` once it is whole and on disk:
+    whenever the process ends, there is the old file or the new one."""
+    temporary = path.with_name(f"{path.name}.{os.getpid()}.tmp")
+    try:
+        with open(temporary, "wb") as file:
+            yield file
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def locked(path, wait=False):
+    """A context that one process at a time is in, however it ends. Raises filelock.Timeout where
+    another one is in. A file system that knows no locks keeps nobody out."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    try:
+        return filelock.FileLock(path).acquire(blocking=wait)
+    except filelock.Timeout:
+        raise
+    except (OSError, NotImplementedError):
+        return contextlib.nullcontext()
+
+
 def class_names(folder):
     try:
         return sorted(entry.name for entry in os.scandir(folder) if entry.is_dir())
@@ -176,43 +203,28 @@ def _whole(path, shape):
 
 
 def alone():
-    """A context in which no other process decodes or downloads, however it ends.
-
-    A file system that knows no locks keeps nobody out.
-    """
-    CACHE.mkdir(parents=True, exist_ok=True)
-    lock = filelock.FileLock(CACHE / "decoding.lock")
+    """A context in which no other process decodes or downloads: it waits for that."""
     try:
-        try:
-            return lock.acquire(blocking=False)
-        except filelock.Timeout:
-            print(f"waiting for the process that prepares images in {CACHE}", flush=True)
-            return lock.acquire()
-    except (OSError, NotImplementedError):
-        return contextlib.nullcontext()
+        return locked(CACHE / "decoding.lock")
+    except filelock.Timeout:
+        print(f"waiting for the process that prepares images in {CACHE}", flush=True)
+        return locked(CACHE / "decoding.lock", wait=True)
 
 
 def _decode(paths, shape, path):
-    """The images into the file `path`, which is whole at any moment."""
+    """The images into the file `path`."""
     # A killed process left them.
     for left_over in CACHE.glob("*px-*.npy.*.tmp"):
         left_over.unlink()
     print(f"decoding {len(paths)} images into {path}", flush=True)
-    temporary = path.with_name(f"{path.name}.{os.getpid()}.tmp")
-    try:
-        # Written, not mapped: a full disk would end a process that writes to a map. Threads, since
-        # Pillow decodes without the GIL; so many images at a time that few wait in memory.
-        with (open(temporary, "wb") as file, ThreadPoolExecutor() as pool,
-              warnings.catch_warnings(action="ignore"),
-              tqdm(total=len(paths), unit=" images", leave=False, disable=None) as bar):
-            header = dict(descr="|u1", fortran_order=False, shape=shape)
-            np.lib.format.write_array_header_1_0(file, header)
-            for at in range(0, len(paths), 512):
-                for image in pool.map(lambda path: read_image(path, shape[-1]), paths[at:at + 512]):
-                    file.write(image)
-                    bar.update()
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
+    # Written, not mapped: a full disk would end a process that writes to a map. Threads, since
+    # Pillow decodes without the GIL; so many images at a time that few wait in memory.
+    with (replacing(path) as file, ThreadPoolExecutor() as pool,
+          warnings.catch_warnings(action="ignore"),
+          tqdm(total=len(paths), unit=" images", leave=False, disable=None) as bar):
+        header = dict(descr="|u1", fortran_order=False, shape=shape)
+        np.lib.format.write_array_header_1_0(file, header)
+        for at in range(0, len(paths), 512):
+            for image in pool.map(lambda path: read_image(path, shape[-1]), paths[at:at + 512]):
+                file.write(image)
+                bar.update()

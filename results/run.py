@@ -22,6 +22,7 @@ import torch  # noqa: E402
 
 import eval as evaluation  # noqa: E402
 import train  # noqa: E402
+from folders import replacing  # noqa: E402
 from train import TUNED  # noqa: E402
 
 TEACHER = "--teacher-checkpoint results/teachers/{}/seed0/last.pt"
@@ -114,9 +115,8 @@ def shared(teacher, folder):
         if file.exists():
             return torch.from_numpy(np.load(file))
         logits = compute(images)
-        beside = folder / f"{file.stem}.{os.getpid()}.npy"
-        np.save(beside, logits.float().numpy())
-        os.replace(beside, file)
+        with replacing(file) as whole:
+            np.save(whole, logits.float().numpy())
         return logits
 
     folder.mkdir(parents=True, exist_ok=True)
