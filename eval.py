@@ -226,10 +226,6 @@ GONE = ("run_dir", "resume", "compile")
 PER_SEED = {"seed", "amp", *FREE, *GONE}
 # What every run in a table must share; ce has no teacher.
 ALIKE = ("dataset", "image_size", "student", "teacher", "epochs")
-# 97.5 % quantiles of Student's t for 1 to 30 degrees of freedom; the last serves beyond.
-T_975 = (12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262, 2.228, 2.201, 2.179, 2.160,
-         2.145, 2.131, 2.120, 2.110, 2.101, 2.093, 2.086, 2.080, 2.074, 2.069, 2.064, 2.060, 2.056,
-         2.052, 2.048, 2.045, 2.042)
 
 
 def read_rows(folder):
@@ -280,26 +276,68 @@ def last_top1(row):
     return {seed: epochs[-1][top1_of(config)] for seed, (config, epochs) in row.items()}
 
 
+def p_value(t, df):
+    """Two-sided, of Student's t (Abramowitz and Stegun, 26.7.3 and 26.7.4). df: a whole number."""
+    angle, odd = math.atan(abs(t) / df ** 0.5), df % 2
+    term, inside = math.cos(angle) ** odd, 0
+    for k in range(odd, df - 1, 2):
+        inside += term
+        term *= (k + 1) / (k + 2) * math.cos(angle) ** 2
+    inside *= math.sin(angle)
+    return 1 - (2 / math.pi * (angle + inside) if odd else inside)
+
+
+def quantile(p, df):
+    """The t with that `p_value`, by bisection."""
+    low, high = 0, 1e9
+    for _ in range(100):
+        t = (low + high) / 2
+        low, high = (t, high) if p_value(t, df) > p else (low, t)
+    return t
+
+
 def interval(numbers):
     """(mean, low, high) of a list, with the 95 % interval of Student's t. low and high are None for
     fewer than two numbers, mean too for none."""
     d = torch.tensor(numbers, dtype=torch.float64)
     if len(d) < 2:
         return (d.mean().item() if len(d) else None), None, None
-    half = T_975[min(len(d) - 1, len(T_975)) - 1] * d.std().item() / len(d) ** 0.5
+    half = quantile(0.05, len(d) - 1) * d.std().item() / len(d) ** 0.5
     return d.mean().item(), d.mean().item() - half, d.mean().item() + half
 
 
-def difference(row, other):
-    """The `interval` of last-epoch top-1 of `row` minus that of `other`, seed by seed: a seed fixes
-    initial weights, order and views."""
+def differences(row, other):
+    """Of last-epoch top-1 of `row` minus that of `other`, seed by seed: a seed fixes initial
+    weights, order and views."""
     a, b = last_top1(row), last_top1(other)
-    return interval([a[seed] - b[seed] for seed in sorted(a.keys() & b.keys())])
+    return [a[seed] - b[seed] for seed in sorted(a.keys() & b.keys())]
+
+
+def difference(row, other):
+    """The `interval` of the `differences`."""
+    return interval(differences(row, other))
+
+
+def holm(rows, against):
+    """{row: p} that the true difference to the row `against` is 0, by a paired t-test, corrected
+    for the number of rows compared (Holm, 1979)."""
+    p = {}
+    for name, row in rows.items():
+        d = torch.tensor(differences(row, rows[against]), dtype=torch.float64)
+        if name != against and len(d) > 1:
+            t = d.mean() / d.std() * len(d) ** 0.5
+            # Equal rows give 0 / 0.
+            p[name] = 1 if t.isnan() else p_value(t.item(), len(d) - 1)
+    worst, corrected = 0, {}
+    for k, name in enumerate(sorted(p, key=p.get)):
+        corrected[name] = worst = max(worst, min(1, (len(p) - k) * p[name]))
+    return corrected
 
 
 def table(folder, against=None):
     """Markdown table of the runs below `folder`, each row compared with the one above, or with
-    the row `against`. Raises UserError where `read_rows` does, or for an unknown row."""
+    the row `against`, the verdict then with Holm's p. Raises UserError where `read_rows` does, or
+    for an unknown row."""
     rows = read_rows(folder)
     if against is not None and against not in rows:
         raise UserError(f"--against {against}: no such row in {folder}; choose among "
@@ -308,8 +346,8 @@ def table(folder, against=None):
     part, key = part_of(config), top1_of(config)
     lines = [f"| run | student | epochs | n seeds | last epoch, {part} top-1 % (mean ± sd) | "
              f"best epoch (mean; selected on {part}) | difference to {against or 'the row above'} "
-             "(95 % interval) | verdict |", "|---" * 8 + "|"]
-    above = None
+             f"(95 % interval) | verdict{' (Holm)' if against else ''} |", "|---" * 8 + "|"]
+    above, p = None, holm(rows, against) if against else {}
     for name, row in rows.items():
         config, epochs = next(iter(row.values()))
         last = torch.tensor(list(last_top1(row).values()), dtype=torch.float64)
@@ -324,7 +362,9 @@ def table(folder, against=None):
         elif low is None:
             cells += [f"{mean:+.2f}", "one seed: not known"]
         else:
-            verdict = "better" if low > 0 else "worse" if high < 0 else "no difference shown"
+            shown = p[name] < 0.05 if against else low > 0 or high < 0
+            verdict = ("better" if mean > 0 else "worse") if shown else "no difference shown"
+            verdict += f" (p = {p[name]:.2g})" if against else ""
             cells += [f"{mean:+.2f} ({low:+.2f} to {high:+.2f})", verdict]
         lines.append("| " + " | ".join(cells) + " |")
         above = name

@@ -93,19 +93,39 @@ def test_the_table_is_computed_from_the_logs(tmp_path, command):
         ["4-bad", "resnet8", "3", "1", "12.00", "12.00", "-48.00", "one seed: not known"]]
     status, out, _ = command(evaluation, "--table", tmp_path, "--against", "2-kd")
     assert [row[6:] for row in cells(out)] == [
-        ["-21.00 (-27.57 to -14.43)", "worse"], ["-", "-"],
-        ["-0.33 (-4.13 to +3.46)", "no difference shown"], ["-48.00", "one seed: not known"]]
-    assert "difference to 2-kd" in out
+        ["-21.00 (-27.57 to -14.43)", "worse (p = 0.01)"], ["-", "-"],
+        ["-0.33 (-4.13 to +3.46)", "no difference shown (p = 0.74)"],
+        ["-48.00", "one seed: not known"]]
+    assert "difference to 2-kd" in out and "verdict (Holm)" in out
     assert command(evaluation, "--table", tmp_path, "--against", "kd3")[0] == 2
 
 
-def test_the_quantiles_are_students():
+@pytest.mark.parametrize("p", [0.05, 0.05 / 18])
+def test_the_quantiles_are_students(p):
     """By integrating the density of Student's t numerically."""
-    for df, t in enumerate(evaluation.T_975, 1):
-        x = torch.linspace(-t, t, 200_001, dtype=torch.float64)
+    for df in range(1, 31):
+        t = evaluation.quantile(p, df)
+        x = torch.linspace(-t, t, 1_000_001, dtype=torch.float64)
         area = math.exp(math.lgamma((df + 1) / 2) - math.lgamma(df / 2)) / math.sqrt(df * math.pi)
         density = (1 + x ** 2 / df) ** (-(df + 1) / 2) * area
-        assert torch.trapezoid(density, x).item() == pytest.approx(0.95, abs=1e-4)
+        assert torch.trapezoid(density, x).item() == pytest.approx(1 - p, abs=1e-5)
+
+
+def test_holm_corrects_for_the_number_of_comparisons(tmp_path):
+    rows = {"base": (0, 0, 0, 0), "far": (2.0, 2.1, 1.9, 2.0), "near": (0.9, 1.2, 0.3, 1.6),
+            "same": (0, 0, 0, 0), "none": (0.1, -0.2, 0.2, -0.1)}
+    for row, top1 in rows.items():
+        for seed, value in enumerate(top1):
+            write_run(tmp_path / row / f"seed{seed}", [50 + value], seed=seed)
+    runs = evaluation.read_rows(tmp_path)
+    raw = {name: evaluation.holm({k: runs[k] for k in ("base", name)}, "base")[name]
+           for name in ("far", "near", "none")}
+    assert raw["far"] < 0.001 < raw["near"] < 0.05 < raw["none"]
+    corrected = evaluation.holm(runs, "base")
+    assert corrected == pytest.approx(
+        {"far": 4 * raw["far"], "near": 3 * raw["near"], "none": 1, "same": 1})
+    # Alone it is significant, among four it is not.
+    assert corrected["near"] > 0.05
 
 
 def test_a_pickle_that_would_run_code_is_refused(tmp_path):
