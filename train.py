@@ -121,7 +121,8 @@ SIZES = {
     "folder": dict(teacher="resnet20", student="resnet8", epochs=60, batch_size=64),
     "imagenet": dict(teacher="resnet34", student="resnet18", epochs=100, batch_size=512),
 }
-# Where the teacher that is trained first has a recipe of its own: results/tuning-teacher.
+# Where the teacher that is trained first has a recipe of its own: results/tuning-teacher. Elsewhere
+# it takes as many epochs as the student.
 TEACHERS = {"glyphs": dict(epochs=12, lr=0.2)}
 OPTIMIZERS = {
     "sgd": dict(schedule="step", weight_decay=5e-4, warmup=0.0),
@@ -615,7 +616,8 @@ def get_teacher(s, data, device):
     if not top1 > floor:
         chance = "twice chance" if C >= 10 else "ten points above chance"
         raise UserError(f"{path}: the teacher has {top1:.2f} % {s.evaluate} top-1, no better than "
-                        f"{floor:.2f} % ({chance}); give another --teacher-checkpoint")
+                        f"{floor:.2f} % ({chance}); give another --teacher-checkpoint, or more "
+                        "--epochs")
     origin = "torchvision" if path == s.teacher else path
     print(f"teacher   {s.teacher} from {origin}: {top1:.2f} % {s.evaluate} top-1")
     weights = b"".join(v.cpu().numpy().tobytes() for v in teacher.state_dict().values())
@@ -636,6 +638,9 @@ def cached_teacher(s, data):
     pretrained = s.pretrained if s.teacher in TORCHVISION else None
     if pretrained:
         name += "-pretrained"
+    recipe = TEACHERS.get(s.dataset, dict(epochs=s.epochs))
+    if s.dataset not in TEACHERS:
+        name += f"-{s.epochs}-epochs"
     folder = Path(f"runs/teacher-{name}-{s.teacher}")
     mine = Settings(data_dir=s.data_dir, device=s.device)
     started = (folder / "config.json").exists()
@@ -643,8 +648,7 @@ def cached_teacher(s, data):
         batch_size = min(SIZES[s.dataset]["batch_size"], len(data.train[1]))
         mine = dataclasses.replace(
             mine, method="ce", dataset=s.dataset, image_size=s.image_size, student=s.teacher,
-            evaluate=s.evaluate, amp=s.amp, batch_size=batch_size, pretrained=pretrained,
-            **TEACHERS.get(s.dataset, {}))
+            evaluate=s.evaluate, amp=s.amp, batch_size=batch_size, pretrained=pretrained, **recipe)
     elif (folder / "metrics.jsonl").exists():
         config, rows = read_run(folder)
         if len(rows) == config["epochs"]:
@@ -764,9 +768,6 @@ def explained(s, folder, history):
     command = f"{launch} train.py --resume --run-dir {shlex.quote(str(folder))}"
     try:
         yield
-    except torch.OutOfMemoryError:
-        raise UserError(f"--batch-size {s.batch_size}: the memory of the GPU is full; try "
-                        f"--batch-size {max(1, s.batch_size // 2)}")
     except UserError as error:
         safe = f"epoch {len(history)} is saved" if history else "no epoch was saved"
         raise UserError(f"{error}; {safe}")
@@ -780,8 +781,10 @@ def explained(s, folder, history):
         raise UserError(f"{folder}: cannot write epoch {len(history) + 1} "
                         f"({error.strerror or error}); {safe}")
     except (MemoryError, RuntimeError) as error:
-        if isinstance(error, MemoryError) or "allocate memory" in str(error):
-            raise UserError(f"--batch-size {s.batch_size}: the memory is full; try a smaller one")
+        full = isinstance(error, (MemoryError, torch.OutOfMemoryError))
+        if full or "allocate memory" in str(error):
+            raise UserError(f"--batch-size {s.batch_size}: the memory is full; try "
+                            f"--batch-size {max(1, s.batch_size // 2)}")
         # Of gloo or nccl, once a process of this run is gone.
         if not dist.is_initialized():
             raise

@@ -265,9 +265,8 @@ def test_two_runs_that_start_at_once(start, tmp_path):
 
 
 def test_two_runs_that_need_the_same_teacher(short, colors, monkeypatch):
-    monkeypatch.setitem(train.SIZES, "folder", train.SIZES["folder"] | dict(epochs=4))
     arguments = dict(dataset="folder", data_dir=str(colors), image_size=16, teacher="resnet8",
-                     student="resnet8", epochs=1, device="cpu")
+                     student="resnet8", epochs=4, device="cpu")
     real, inside = train.train_epoch, []
     message = "another process is training there; wait until it is done"
 
@@ -279,16 +278,15 @@ def test_two_runs_that_need_the_same_teacher(short, colors, monkeypatch):
                 train.run(train.Settings(**arguments))
         return real(*a)
     monkeypatch.setattr(train, "train_epoch", second_run)
-    assert len(train.run(train.Settings(**arguments))) == 1 and inside
+    assert len(train.run(train.Settings(**arguments))) == 4 and inside
     teacher = next(Path("runs").glob("teacher-*"))
     assert len((teacher / "metrics.jsonl").read_text().splitlines()) == 4
 
 
-def test_the_teachers_of_two_folders_with_one_name_are_kept_apart(colors, monkeypatch):
-    monkeypatch.setitem(train.SIZES, "folder", train.SIZES["folder"] | dict(epochs=4))
+def test_the_teachers_of_two_folders_with_one_name_are_kept_apart(colors):
     shutil.copytree(colors, f"other/{colors.name}")
     os.remove(f"other/{colors.name}/train/red/0.png")
     for root in (colors, f"other/{colors.name}"):
         train.run(train.Settings(dataset="folder", data_dir=str(root), image_size=16,
-                                 teacher="resnet8", epochs=1, device="cpu"))
+                                 teacher="resnet8", epochs=4, device="cpu"))
     assert len(list(Path("runs").glob(f"teacher-{colors.name}-16px-*-resnet8"))) == 2

@@ -219,7 +219,7 @@ def test_a_cached_teacher_of_a_cut_off_config(colors, command, base):
     train.run(train.Settings(method="ce", dataset="folder", data_dir=str(colors), image_size=16,
                              student="resnet8", epochs=1, device="cpu"), "away")
     name = f"{colors.name}-16px-{data.load('folder', colors, 16).digests[0]}"
-    folder = Path(f"runs/teacher-{name}-resnet8")
+    folder = Path(f"runs/teacher-{name}-2-epochs-resnet8")
     folder.parent.mkdir()
     shutil.move("away", folder)
     (folder / "config.json").write_text("{")

@@ -184,12 +184,11 @@ def test_val_measures_on_a_tenth_that_is_not_trained_on(short, colors, command):
     assert status == 2 and "--evaluate val -> test" in err
 
 
-def test_a_teacher_for_val_does_not_know_the_images_that_are_measured_on(colors, monkeypatch):
-    monkeypatch.setitem(train.SIZES, "folder", train.SIZES["folder"] | dict(epochs=4))
+def test_a_teacher_for_val_does_not_know_the_images_that_are_measured_on(colors):
     settings = Settings(dataset="folder", data_dir=str(colors), image_size=16, teacher="resnet8",
-                        epochs=1, evaluate="val")
+                        epochs=4, evaluate="val")
     run(settings, "run")
-    teacher, = data.Path("runs").glob("teacher-*-val-resnet8")
+    teacher, = data.Path("runs").glob("teacher-*-val-4-epochs-resnet8")
     assert json.loads((teacher / "config.json").read_text())["evaluate"] == "val"
 
 
@@ -340,22 +339,20 @@ def test_resuming_a_finished_run_changes_nothing(short):
     assert open("run/last.pt", "rb").read() == before
 
 
-def test_the_teacher_is_trained_first_and_then_cached(colors, command, monkeypatch):
+def test_the_teacher_is_trained_first_and_then_cached(colors, command):
     arguments = ("--dataset", "folder", "--data-dir", colors, "--image-size", 16, "--teacher",
-                 "resnet8", "--epochs", 1, "--device", "cpu")
-    monkeypatch.setitem(train.SIZES, "folder", train.SIZES["folder"] | dict(epochs=4))
+                 "resnet8", "--epochs", 4, "--device", "cpu")
     status, out, _ = command(train, *arguments)
     assert status == 0 and out.count("no resnet8 teacher") == 1 and "test top-1" in out
     status, out, _ = command(train, *arguments)
     assert status == 0 and "no resnet8 teacher" not in out
     *runs, teacher = sorted(os.listdir("runs"))
     assert runs == ["folder-sld-resnet8-seed0", "folder-sld-resnet8-seed0-2"]
-    assert teacher.startswith(f"teacher-{colors.name}-16px-") and teacher.endswith("-resnet8")
+    assert teacher.startswith(f"teacher-{colors.name}-16px-")
+    assert teacher.endswith("-4-epochs-resnet8")
 
 
 def test_a_pretrained_teacher_and_student_on_photographs(colors, command, published, monkeypatch):
-    monkeypatch.setitem(train.FINE_TUNING["sgd"], "epochs", 2)
-    monkeypatch.setitem(train.SIZES["folder"], "epochs", 2)
     state, name = published("shufflenet_v2_x0_5"), "shufflenet_v2_x0_5"
     arguments = ("--dataset", "folder", "--data-dir", colors, "--image-size", 16, "--device", "cpu")
     status, out, err = command(train, *arguments, "--method", "ce", "--student", name, "--lr", 1e-9,
@@ -378,7 +375,7 @@ def test_a_pretrained_teacher_and_student_on_photographs(colors, command, publis
         teachers = [path.name for path in data.Path("runs").glob("teacher-*")]
         # A digest of twelve figures comes before the ending.
         assert {path.split("-16px-")[1][12:] for path in teachers} == {
-            f"{ending}-{name}" for ending in endings}
+            f"{ending}-1-epochs-{name}" for ending in endings}
 
 
 def test_missing_weights_are_said_before_anything_is_trained(colors, command, published):
@@ -454,7 +451,6 @@ def test_a_notebooks_mistakes_raise_one_line(change):
 
 
 def test_a_teacher_interrupted_in_its_first_epoch_is_trained_again(colors, command, monkeypatch):
-    monkeypatch.setitem(train.SIZES, "folder", train.SIZES["folder"] | dict(epochs=4))
     arguments = ("--dataset", "folder", "--data-dir", colors, "--image-size", 16, "--teacher",
                  "resnet8", "--epochs", 1, "--device", "cpu")
     real, calls = train.train_epoch, []
