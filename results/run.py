@@ -44,10 +44,8 @@ def grid(lrs, more=""):
             for method, flags in by_method.items() for lr in lrs[method]}
 
 
-# The ladder: one thing changes at a time. Within a family of objectives the rate is the same:
-# that of kd for T = 4, that of sld for T = 1 to 6.
-RATE = TUNED["sgd"]["lr"]["sld"]
-SIX = f"--method kd --views both --temperatures 1 2 3 4 5 6 --lr {RATE}"
+# The ladder: one thing changes at a time.
+SIX = "--method kd --views both --temperatures 1 2 3 4 5 6"
 # Chosen on validation images: results/tuning-omega, results/tuning-ce-weight.
 OMEGA, CE_WEIGHT = 2, 1
 LADDER = {
@@ -58,8 +56,7 @@ LADDER = {
     "08-both-swaps": "--method sld --gamma 0", "09-sld": "--method sld",
     "10-sld-detached": "--method sld --detach", "11-sld-weak": "--method sld --views weak",
     "12-student-swap": "--method sld --teacher-fix none",
-    # Six temperatures are six times the weight too; hence their rate.
-    "13-kd-both-weight-x6": f"--method kd --views both --kd-weight 5.4 --lr {RATE}",
+    "13-kd-both-weight-x6": "--method kd --views both --kd-weight 5.4",
     "14-kd-both-T1to6-more-ce": f"{SIX} --ce-weight {CE_WEIGHT}",
     "15-teacher-swap-strong": "--method sld --no-student-swap --teacher-fix swap-strong",
     "16-dkd-both": "--method dkd --views both", "17-rld-both": "--method rld --views both",
@@ -67,18 +64,47 @@ LADDER = {
     "19-kd-both-T1to6-standardized": f"{SIX} --standardize"}
 
 
-def taught(flags, teacher):
-    return flags if "--method ce" in flags else f"{flags} {TEACHER.format(teacher)}"
+VIT_LADDER = ("01-ce-weak", "03-kd-weak", "05-kd-both-T1to6", "06-teacher-swap", "09-sld",
+              "14-kd-both-T1to6-more-ce")
+CIFAR_LADDER = (*VIT_LADDER, "16-dkd-both", "17-rld-both")
+# Chosen on validation images of glyphs, for its networks: TUNED in train.py.
+RATES = TUNED["sgd"]["lr"]
+CIFAR = ("--dataset cifar100 --data-dir data/cifar100 --student resnet8 --epochs 15 "
+         "--schedule cosine --warmup 1.5")
+
+
+def family(flags):
+    """The method whose rate a row takes. Six temperatures are six times the weight, hence sld's."""
+    six = "--temperatures" in flags or "--kd-weight" in flags
+    return "sld" if six else flags.split()[1]
+
+
+def taught(flags, teacher, rates=RATES):
+    flags = f"{flags} --lr {rates[family(flags)]:g}"
+    return flags if "--method ce" in flags else f"{flags} {teacher}"
+
+
+def ladder(teacher, rows=LADDER, more="", rates=RATES):
+    return {row: f"{taught(LADDER[row], teacher, rates)} {more}" for row in rows}
 
 
 def variants(flags, name, values):
-    return {f"{name.strip('-')}{v:g}": f"{taught(flags, 'glyphs-val')} {name} {v:g} --evaluate val"
+    return {f"{name.strip('-')}{v:g}":
+            f"{taught(flags, TEACHER.format('glyphs-val'))} {name} {v:g} --evaluate val"
             for v in values}
 
 
 # group: (its rows, each with flags of train.py; the seeds)
 GROUPS = {
-    "glyphs": ({row: taught(flags, "glyphs") for row, flags in LADDER.items()}, range(5)),
+    "glyphs": (ladder(TEACHER.format("glyphs")), range(5)),
+    "glyphs-vit": (ladder(TEACHER.format("glyphs"), VIT_LADDER, "--student vit_nano",
+                          dict.fromkeys(RATES, TUNED["adamw"]["lr"]["sld"])), range(5)),
+    # Public teachers, put there by hand: results/README.md.
+    "cifar100": (ladder("--teacher resnet20 --teacher-checkpoint data/cifar100_resnet20.pth",
+                        CIFAR_LADDER, CIFAR), range(3)),
+    "cifar100-strong": (ladder("--teacher resnet56 --teacher-checkpoint "
+                               "data/cifar100_resnet56.pth",
+                               ("05-kd-both-T1to6", "06-teacher-swap", "09-sld"), CIFAR), range(3)),
     "tuning-dkd": (variants(LADDER["16-dkd-both"], "--lr", (0.1, 0.2, 0.4, 0.8)), range(1)),
     "tuning-rld": (variants(LADDER["17-rld-both"], "--lr", (0.1, 0.2, 0.4, 0.8)), range(1)),
     "tuning-omega": (variants(LADDER["07-GA-teacher"], "--omega", (0.5, 1, 2, 4, 8)), range(1)),
