@@ -297,37 +297,30 @@ def quantile(p, df):
 
 
 def interval(numbers):
-    """(mean, low, high) of a list, with the 95 % interval of Student's t. low and high are None for
-    fewer than two numbers, mean too for none."""
+    """(mean, low, high, p) of a list: the 95 % interval of Student's t, and p that the true mean is
+    0. The last three are None for fewer than two numbers, mean too for none."""
     d = torch.tensor(numbers, dtype=torch.float64)
-    if len(d) < 2:
-        return (d.mean().item() if len(d) else None), None, None
-    half = quantile(0.05, len(d) - 1) * d.std().item() / len(d) ** 0.5
-    return d.mean().item(), d.mean().item() - half, d.mean().item() + half
-
-
-def differences(row, other):
-    """Of last-epoch top-1 of `row` minus that of `other`, seed by seed: a seed fixes initial
-    weights, order and views."""
-    a, b = last_top1(row), last_top1(other)
-    return [a[seed] - b[seed] for seed in sorted(a.keys() & b.keys())]
+    mean, df = (d.mean().item() if len(d) else None), len(d) - 1
+    if df < 1:
+        return mean, None, None, None
+    error = d.std().item() / len(d) ** 0.5
+    half = quantile(0.05, df) * error
+    t = mean / error if error else mean and math.inf
+    return mean, mean - half, mean + half, p_value(t, df)
 
 
 def difference(row, other):
-    """The `interval` of the `differences`."""
-    return interval(differences(row, other))
+    """The `interval` of last-epoch top-1 of `row` minus that of `other`, seed by seed: a seed fixes
+    initial weights, order and views."""
+    a, b = last_top1(row), last_top1(other)
+    return interval([a[seed] - b[seed] for seed in sorted(a.keys() & b.keys())])
 
 
 def holm(rows, against):
-    """{row: p} that the true difference to the row `against` is 0, by a paired t-test, corrected
-    for the number of rows compared (Holm, 1979)."""
-    p = {}
-    for name, row in rows.items():
-        d = torch.tensor(differences(row, rows[against]), dtype=torch.float64)
-        if name != against and len(d) > 1:
-            t = d.mean() / d.std() * len(d) ** 0.5
-            # Equal rows give 0 / 0.
-            p[name] = 1 if t.isnan() else p_value(t.item(), len(d) - 1)
+    """{row: p} of the `difference` to the row `against`, corrected for their number (Holm, 1979).
+    Rows of fewer than two seeds are left out."""
+    p = {name: difference(row, rows[against])[3] for name, row in rows.items() if name != against}
+    p = {name: value for name, value in p.items() if value is not None}
     worst, corrected = 0, {}
     for k, name in enumerate(sorted(p, key=p.get)):
         corrected[name] = worst = max(worst, min(1, (len(p) - k) * p[name]))
@@ -356,7 +349,7 @@ def table(folder, against=None):
         cells = [name, config["student"], str(len(epochs)), str(len(row)),
                  f"{last.mean():.2f}{spread}", f"{sum(best) / len(best):.2f}"]
         other = above if against is None else against if name != against else None
-        mean, low, high = difference(row, rows[other]) if other else (None, None, None)
+        mean, low, high, _ = difference(row, rows[other]) if other else [None] * 4
         if mean is None:
             cells += ["-", "-"]
         elif low is None:

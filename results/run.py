@@ -219,7 +219,7 @@ def draw_differences(groups):
         rows = evaluation.read_rows(folder)
         p, names = evaluation.holm(rows, against), [name for name in rows if name != against]
         for y, name in enumerate(names):
-            mean, low, high = evaluation.difference(rows[name], rows[against])
+            mean, low, high, _ = evaluation.difference(rows[name], rows[against])
             colour = evaluation.BLUE if mean > 0 else evaluation.ORANGE
             face = colour if p.get(name, 1) < 0.05 else "white"
             ax.plot([low, high], [y, y], color=colour)

@@ -99,7 +99,7 @@ def test_what_the_text_says_of_the_recipes_is_what_their_logs_show():
     mean = np.mean(list(evaluation.last_top1(other).values()))
     assert (f"at a rate of 0.4, which validation could not tell from 0.2, KD reaches {mean:.2f} %, "
             "and three seeds show no difference between KD and SLD") in text
-    mean, low, high = evaluation.difference(rows["3-sld"], other)
+    mean, low, high, _ = evaluation.difference(rows["3-sld"], other)
     assert low < 0 < high and f"(seed by seed {mean:+.2f}, {low:+.2f} to {high:+.2f})" in PAGES
     once = {name: evaluation.last_top1(row)[0] for name, row in rows.items()}
     twice = {name: evaluation.last_top1(row)[0]
