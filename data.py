@@ -62,7 +62,7 @@ def warp(images, matrix):
     y, x = (torch.arange(n, dtype=torch.int32, device=images.device) for n in (H, W))
     x, y = x[None, None, :], y[None, :, None]
     # The column and the row that each output pixel comes from.
-    u, v = (a * x + b * y + c) >> 16, (d * x + e * y + f) >> 16                          # (B, H, W)
+    u, v = (a * x + (b * y + c)) >> 16, (d * x + (e * y + f)) >> 16                      # (B, H, W)
     inside = (u >= 0) & (u < W) & (v >= 0) & (v < H)
     index = torch.where(inside, v * W + u, 0).long().view(B, 1, H * W).expand(-1, 3, -1)
     out = images.flatten(2).gather(2, index).view(B, 3, H, W)
@@ -111,7 +111,7 @@ def _grey(images):
 def _blend(degenerate, images, factor):
     """Pillow's Image.blend for 0 <= factor <= 1: 0 gives `degenerate`, 1 the image itself."""
     degenerate, factor = degenerate.float(), _per_image(factor.float(), images)
-    return (degenerate + factor * (images - degenerate)).byte()
+    return (images - degenerate).mul_(factor).add_(degenerate).byte()
 
 
 def brightness(images, factor):
@@ -232,7 +232,7 @@ def resized_crop(images, box, mirror, size):
     grid = torch.stack(torch.broadcast_tensors(x[:, None, :], y[:, :, None]), 3)
     grid = (2 * grid + 1) / side - 1
     out = F.grid_sample(images.float(), grid, padding_mode="border", align_corners=False)
-    return out.round().byte()
+    return out.round_().byte()
 
 
 def draw_box(n, side, area, generator):
@@ -284,7 +284,7 @@ def strong_view(images, numbers, size=None):
 def normalize(images, mean, std):
     """uint8 to float32:  (x / 255 - mean) / std."""
     mean, std = (torch.tensor(v, device=images.device).view(1, 3, 1, 1) for v in (mean, std))
-    return (images / 255 - mean) / std
+    return (images / 255).sub_(mean).div_(std)
 
 
 def batches(dataset, batch_size, views, seed, epoch, rank=0, world=1, device=None):
@@ -319,8 +319,10 @@ def batches(dataset, batch_size, views, seed, epoch, rank=0, world=1, device=Non
 
     for start in range(0, n, chunk):
         stop = min(start + chunk, n)
-        made = [make(slice(at, min(at + at_once, stop))) for at in range(start, stop, at_once)]
-        made = [torch.cat(pieces) for pieces in zip(*made)]
+        made = [torch.empty(stop - start, 3, size, size, device=device) for _ in numbers]
+        for at in range(start, stop, at_once):
+            for whole, piece in zip(made, make(slice(at, min(at + at_once, stop)))):
+                whole[at - start:at - start + len(piece)] = piece
         target = labels[order[start:stop].to(labels.device)].to(device)
         for at in range(0, stop - start, batch_size):
             yield [view[at:at + batch_size] for view in made], target[at:at + batch_size]
