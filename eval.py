@@ -188,20 +188,16 @@ def inheritance(student_logits, teacher_logits, labels):
 
 # --- The results table ----------------------------------------------------------------------------
 
-def part_of(config):
-    """What a run was measured on: "test" or "val"; old runs, which had no choice, do not say it."""
-    return config.get("evaluate") or "test"
-
-
 def top1_of(config):
     """The metric of a run: "test_top1" or "val_top1"."""
-    return part_of(config) + "_top1"
+    return config["evaluate"] + "_top1"
 
 
 def read_run(folder):
     """(config, list of epoch rows) of a run folder. Raises UserError where one is damaged."""
     try:
         config = json.loads((folder / "config.json").read_text())
+        config["evaluate"] = config.get("evaluate") or "test"
         rows = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
         words = [config.get(k) for k in ("dataset", "student", "teacher", "schedule", "evaluate")]
         counts = [config.get(k) for k in ("epochs", "gamma", "seed", "image_size")]
@@ -220,12 +216,10 @@ def read_run(folder):
 
 # Settings that may change when a run is resumed, since they fix no number.
 FREE = ("data_dir", "device", "teacher_checkpoint")
-# Settings that older runs have in their config.json.
-GONE = ("run_dir", "resume", "compile")
 # What may differ within a row of a table.
-PER_SEED = {"seed", "amp", *FREE, *GONE}
+PER_SEED = {"seed", "amp", *FREE}
 # What every run in a table must share; ce has no teacher.
-ALIKE = ("dataset", "image_size", "student", "teacher", "epochs")
+ALIKE = ("dataset", "evaluate", "image_size", "student", "teacher", "epochs")
 
 
 def read_rows(folder):
@@ -248,7 +242,7 @@ def read_rows(folder):
         except (OSError, ValueError, AttributeError, TypeError):
             env, images = {}, None
         about = {k: config.get(k) for k in ALIKE} | {
-            "evaluate": part_of(config), "epochs": len(epochs),
+            "epochs": len(epochs),
             "teacher's digest": env.get("teacher_digest"), "images": images}
         for key, value in about.items():
             if value is not None:
@@ -336,7 +330,7 @@ def table(folder, against=None):
         raise UserError(f"--against {against}: no such row in {folder}; choose among "
                         f"{', '.join(rows)}")
     config, _ = next(iter(next(iter(rows.values())).values()))
-    part, key = part_of(config), top1_of(config)
+    part, key = config["evaluate"], top1_of(config)
     lines = [f"| run | student | epochs | n seeds | last epoch, {part} top-1 % (mean ± sd) | "
              f"best epoch (mean; selected on {part}) | difference to {against or 'the row above'} "
              f"(95 % interval) | verdict{' (Holm)' if against else ''} |", "|---" * 8 + "|"]
