@@ -108,8 +108,8 @@ GROUPS = {
     "cifar100-strong": (ladder("--teacher resnet56 --teacher-checkpoint "
                                "data/cifar100_resnet56.pth",
                                ("05-kd-both-T1to6", "06-teacher-swap", "09-sld"), CIFAR), range(3)),
-    "tuning-dkd": (variants(LADDER["16-dkd-both"], "--lr", (0.1, 0.2, 0.4, 0.8)), range(1)),
-    "tuning-rld": (variants(LADDER["17-rld-both"], "--lr", (0.1, 0.2, 0.4, 0.8)), range(1)),
+    "tuning-dkd": (variants(LADDER["16-dkd-both"], "--lr", (0.025, 0.05, 0.1, 0.2, 0.4)), range(1)),
+    "tuning-rld": (variants(LADDER["17-rld-both"], "--lr", (0.025, 0.05, 0.1, 0.2, 0.4)), range(1)),
     "tuning-omega": (variants(LADDER["07-GA-teacher"], "--omega", (0.5, 1, 2, 4, 8)), range(1)),
     "tuning-ce-weight": (variants(SIX, "--ce-weight", (0.1, 0.3, 1, 3, 10)), range(1)),
     "teachers": ({"glyphs": ALONE, "glyphs-val": f"{ALONE} --evaluate val"}, range(1)),
