@@ -130,7 +130,7 @@ OPTIMIZERS = {
 }
 # For glyphs, on its validation part: results/tuning.
 TUNED = {
-    "sgd": dict(lr=dict(ce=0.4, kd=0.2, sld=0.1, dkd=0.05, rld=0.025), schedule="cosine",
+    "sgd": dict(lr=dict(ce=0.4, kd=0.2, sld=0.1, dkd=0.05, rld=0.1), schedule="cosine",
                 warmup=None),
     "adamw": dict(lr=dict.fromkeys(METHODS, 1e-3), epochs=16),
 }

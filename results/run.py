@@ -109,7 +109,7 @@ GROUPS = {
                                "data/cifar100_resnet56.pth",
                                ("05-kd-both-T1to6", "06-teacher-swap", "09-sld"), CIFAR), range(3)),
     "tuning-dkd": (variants(LADDER["16-dkd-both"], "--lr", (0.025, 0.05, 0.1, 0.2, 0.4)), range(1)),
-    "tuning-rld": (variants(LADDER["17-rld-both"], "--lr", (0.0125, 0.025, 0.05, 0.1)), range(1)),
+    "tuning-rld": (variants(LADDER["17-rld-both"], "--lr", (0.0125, 0.025, 0.05, 0.1, 0.2)), range(1)),
     "tuning-omega": (variants(LADDER["07-GA-teacher"], "--omega", (0.5, 1, 2, 4, 8)), range(1)),
     "tuning-ce-weight": (variants(SIX, "--ce-weight", (0.1, 0.3, 1, 3, 10)), range(1)),
     "teachers": ({"glyphs": ALONE, "glyphs-val": f"{ALONE} --evaluate val"}, range(1)),
