@@ -111,8 +111,8 @@ GROUPS = {
     "tuning-dkd": (variants(LADDER["16-dkd-both"], "--lr", (0.025, 0.05, 0.1, 0.2, 0.4)), range(1)),
     "tuning-rld": (variants(LADDER["17-rld-both"], "--lr", (0.0125, 0.025, 0.05, 0.1, 0.2)),
                    range(1)),
-    "tuning-omega": (variants(LADDER["07-GA-teacher"], "--omega", (0.5, 1, 2, 4, 8)), range(1)),
-    "tuning-ce-weight": (variants(SIX, "--ce-weight", (0.1, 0.3, 1, 3, 10)), range(1)),
+    "tuning-omega": (variants(LADDER["07-GA-teacher"], "--omega", (0.5, 1, 2, 4, 8)), range(2)),
+    "tuning-ce-weight": (variants(SIX, "--ce-weight", (0.1, 0.3, 1, 3, 10)), range(2)),
     "teachers": ({"glyphs": ALONE, "glyphs-val": f"{ALONE} --evaluate val"}, range(1)),
     "stability": ({f"{name}-{n}-thread": f"{ALONE} {flag}"
                    for name, flag in (("float32", "--no-amp"), ("bfloat16", "--amp"))
