@@ -466,15 +466,14 @@ def begin(s, data, device, saved):
               + (f", with a new last layer for {C} classes" if C != 1000 else ""))
     teacher, digest = get_teacher(s, data, device) if s.teacher else (None, None)
     student.to(device, memory_format=torch.channels_last)
-    autocast, scaler = mixed_precision(device, s.amp)
     parallel, world = student, process()[1]
     if world > 1:
         # Batch norm's statistics stay each process's own; those of the first are saved. The warning
         # is of the keyword's new name, which older versions do not know.
         with warnings.catch_warnings(action="ignore"):
             parallel = DistributedDataParallel(student, broadcast_buffers=False)
-    optimizer = make_optimizer(s, student)
-    learner = Learner(student, parallel, teacher, digest, optimizer, autocast, scaler)
+    learner = Learner(student, parallel, teacher, digest, make_optimizer(s, student),
+                      *mixed_precision(device, s.amp))
     if not saved:
         return learner, []
     if saved["teacher_digest"] != digest:
@@ -486,10 +485,10 @@ def begin(s, data, device, saved):
         print(f"note      begun in {saved['processes']} processes, which give other numbers "
               f"than {world}")
     student.load_state_dict(saved["model"])
-    optimizer.load_state_dict(saved["optimizer"])
+    learner.optimizer.load_state_dict(saved["optimizer"])
     # Empty from a run without float16.
     if saved["scaler"]:
-        scaler.load_state_dict(saved["scaler"])
+        learner.scaler.load_state_dict(saved["scaler"])
     return learner, saved["history"]
 
 
@@ -613,12 +612,11 @@ def get_teacher(s, data, device):
     top1 = measure(predict(teacher, data.test[0], data.mean, data.std), data.test[1])["top1"]
     C = len(data.classes)
     # Twice chance means nothing for 2 classes.
-    floor = 100 * min(2 / C, 1 / C + 0.1)
+    floor, words = min((200 / C, "twice chance"), (100 / C + 10, "ten points above chance"))
     if not top1 > floor:
-        chance = "twice chance" if C >= 10 else "ten points above chance"
+        more = "" if s.teacher_checkpoint or s.dataset in TEACHERS else ", or more --epochs"
         raise UserError(f"{path}: the teacher has {top1:.2f} % {s.evaluate} top-1, no better than "
-                        f"{floor:.2f} % ({chance}); give another --teacher-checkpoint, or more "
-                        "--epochs")
+                        f"{floor:.2f} % ({words}); give another --teacher-checkpoint{more}")
     origin = "torchvision" if path == s.teacher else path
     print(f"teacher   {s.teacher} from {origin}: {top1:.2f} % {s.evaluate} top-1")
     weights = b"".join(v.cpu().numpy().tobytes() for v in teacher.state_dict().values())

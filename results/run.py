@@ -4,10 +4,12 @@ A run that is there is left alone, one that was cut off goes on, a teacher that 
 first. Each runs on one thread, but for the rows that say otherwise, so that its numbers do not
 depend on --jobs. Logs go to results/GROUP/<row>/seed<k>; weights stay beside them, out of git.
 A teacher's logits are kept in runs/logits, since rows of one seed and the same views need the same.
+A ladder's students are counted against the teacher's mistakes, into mistakes.json beside each log.
 Then the tables of both READMEs and results/differences.png are made anew from all logs here.
 """
 import argparse
 import hashlib
+import json
 import os
 import re
 import shutil
@@ -50,7 +52,7 @@ def grid(lrs, more=""):
 # The ladder: one thing changes at a time.
 SIX = "--method kd --views both --temperatures 1 2 3 4 5 6"
 # Chosen on validation images: results/tuning-omega, results/tuning-ce-weight.
-OMEGA, CE_WEIGHT = 2, 1
+OMEGA, CE_WEIGHT = 1, 1
 LADDER = {
     "01-ce-weak": "--method ce", "02-ce-both": "--method ce --views both",
     "03-kd-weak": "--method kd", "04-kd-both": "--method kd --views both",
@@ -132,6 +134,8 @@ GROUPS = {
                      "results/recipes-vit/1-ce/seed0/last.pt"
                      for k, method in enumerate(("kd", "sld"), 1)}, range(1)),
 }
+# Groups of which the teacher's mistakes are counted.
+MISTAKES = ("glyphs", "cifar100")
 
 
 def shared(teacher, folder):
@@ -193,21 +197,74 @@ def make(folder, flags, seed):
     return done.returncode
 
 
+def count_mistakes(folder):
+    """mistakes.json beside each log below `folder` whose weights are here: `eval.inheritance` on
+    the test images, of each student, also of one alone, and the teacher of the others."""
+    runs = [path.parent for path in sorted(folder.glob("*/*/last.pt"))]
+    configs = [evaluation.read_run(run)[0] for run in runs]
+    taught = next(config for config in configs if config["teacher_checkpoint"])
+    data = train.load(taught["dataset"], ROOT / taught["data_dir"], taught["image_size"],
+                      train=False)
+
+    def logits_of(path, name=None):
+        model, _ = evaluation.load_model(path, name, data)
+        return evaluation.predict(model, data.test[0], data.mean, data.std)
+
+    teacher = logits_of(ROOT / taught["teacher_checkpoint"], taught["teacher"])
+    for run in runs:
+        if not (run / "mistakes.json").exists():
+            report = evaluation.inheritance(logits_of(run / "last.pt"), teacher, data.test[1])
+            train.write_json(run / "mistakes.json", report)
+
+
+def shares_of(folder, key):
+    """{row: {seed: teacher_errors_<key>, in % of the teacher's errors}} of mistakes.json."""
+    shares = {}
+    for path in sorted(Path(folder).glob("*/*/mistakes.json")):
+        report = json.loads(path.read_text("utf-8"))
+        seed = int(path.parent.name.removeprefix("seed"))
+        shares.setdefault(path.parts[-3], {})[seed] = (
+            100 * report[f"teacher_errors_{key}"] / max(1, report["teacher_errors"]))
+    return shares
+
+
+def mistakes_table(folder, against):
+    """Markdown: what the rows below `folder` make of the teacher's errors, and the difference to
+    the row `against` with its 95 % interval."""
+    keys = {"made": "the teacher's answer too", "avoided": "right instead"}
+    lines = ["| run | n | " + " | ".join(f"{words}, % | difference to {against} (95 % interval)"
+                                         for words in keys.values()) + " |", "|---" * 6 + "|"]
+    shares = {key: shares_of(folder, key) for key in keys}
+    for row in shares["made"]:
+        cells = [row, str(len(shares["made"][row]))]
+        for by_row in shares.values():
+            own, other = by_row[row], by_row[against]
+            cells.append(f"{np.mean([*own.values()]):.1f}")
+            mean, low, high, _ = evaluation.interval([own[k] - other[k] for k in own if k in other])
+            cells.append("-" if row == against or mean is None else f"{mean:+.1f}" if low is None
+                         else f"{mean:+.1f} ({low:+.1f} to {high:+.1f})")
+        lines.append("| " + " | ".join(cells) + " |")
+    return "\n".join(lines)
+
+
+TABLES = {"table": evaluation.table, "mistakes": mistakes_table}
+
+
 def fill_tables():
-    """The tables of both READMEs, as eval.py makes them."""
+    """The tables of both READMEs, as eval.py makes them, or `mistakes_table`."""
     def table(match):
-        folder, *against = match[1].split(" against ")
+        folder, *against = match[2].split(" against ")
         try:
-            made = evaluation.table(ROOT / folder, *against)
-        except evaluation.UserError as error:
+            made = TABLES[match[1]](ROOT / folder, *against)
+        except (evaluation.UserError, KeyError) as error:
             # Of a group that is not whole yet.
             print(f"table left as it is: {error}")
             return match[0]
-        return f"<!-- table: {match[1]} -->\n{made}\n<!-- end -->"
+        return f"<!-- {match[1]}: {match[2]} -->\n{made}\n<!-- end -->"
 
     for page in (ROOT / "README.md", ROOT / "results/README.md"):
         text = page.read_text("utf-8")
-        page.write_text(re.sub(r"<!-- table: (.*?) -->\n.*?<!-- end -->", table, text,
+        page.write_text(re.sub(r"<!-- (table|mistakes): (.*?) -->\n.*?<!-- end -->", table, text,
                                flags=re.S), "utf-8")
 
 
@@ -255,6 +312,8 @@ def main():
         runs = [pool.submit(make, f"results/{args.group}/{row}", flags, seed) for seed in seeds
                 for row, flags in rows.items()]
     status = max(run.result() for run in runs)
+    if args.group in MISTAKES and status == 0:
+        count_mistakes(ROOT / "results" / args.group)
     fill_tables()
     ladders = {"glyphs": ROOT / "results/glyphs", "CIFAR-100": ROOT / "results/cifar100"}
     if args.group in ("glyphs", "cifar100") and status == 0:

@@ -1,14 +1,17 @@
 """results/run.py: its rows are experiments that train.py takes, and sharing a teacher's logits
 changes no digit."""
 import importlib.util
+import json
+import re
 from pathlib import Path
 
 import pytest
 
+import eval as evaluation
 import train
 
-SPEC = importlib.util.spec_from_file_location(
-    "results_run", Path(__file__).parent.parent / "results/run.py")
+ROOT = Path(__file__).parent.parent
+SPEC = importlib.util.spec_from_file_location("results_run", ROOT / "results/run.py")
 runner = importlib.util.module_from_spec(SPEC)
 SPEC.loader.exec_module(runner)
 
@@ -62,3 +65,38 @@ def test_shared_logits_change_no_digit(short, monkeypatch):
     files = sorted(Path("logits").iterdir())
     assert files and numbers(train.run(short(epochs=2), "second")) == alone
     assert sorted(Path("logits").iterdir()) == files
+
+
+def test_mistakes_are_counted_as_eval_counts_them(short, color_teacher, command, monkeypatch):
+    monkeypatch.setattr(runner, "ROOT", Path())
+    for row, method in (("1-ce", "ce"), ("2-kd", "kd")):
+        train.run(short(epochs=1, method=method), f"group/{row}/seed0")
+    runner.count_mistakes(Path("group"))
+    for row in ("1-ce", "2-kd"):
+        report = json.loads(Path(f"group/{row}/seed0/mistakes.json").read_text())
+        _, out, _ = command(evaluation, f"group/{row}/seed0/last.pt", "--teacher-checkpoint",
+                            color_teacher, "--json")
+        assert report and report.items() <= json.loads(out).items()
+
+
+def test_the_table_of_mistakes():
+    for row, by_seed in (("1-ce", ((1, 8), (2, 8))), ("2-sld", ((0, 9), (3, 7)))):
+        for seed, (made, avoided) in enumerate(by_seed):
+            folder = Path(f"group/{row}/seed{seed}")
+            folder.mkdir(parents=True)
+            train.write_json(folder / "mistakes.json", dict(
+                teacher_errors=10, teacher_errors_made=made, teacher_errors_avoided=avoided))
+    first, second = runner.mistakes_table("group", "1-ce").splitlines()[2:]
+    assert first == "| 1-ce | 2 | 15.0 | - | 80.0 | - |"
+    # Student's t of one degree of freedom: 12.71 times the standard error, which is 10 here.
+    none = "+0.0 (-127.1 to +127.1)"
+    assert second == f"| 2-sld | 2 | 15.0 | {none} | 80.0 | {none} |"
+
+
+@pytest.mark.parametrize("what", re.findall(
+    r"<!-- mistakes: (.+?) -->", (ROOT / "results/README.md").read_text("utf-8")))
+def test_the_tables_of_mistakes_are_what_the_files_give(what):
+    page = (ROOT / "results/README.md").read_text("utf-8")
+    folder, against = what.split(" against ")
+    shown = re.search(rf"<!-- mistakes: {what} -->\n(.*?)\n<!-- end -->", page, re.S).group(1)
+    assert shown == runner.mistakes_table(ROOT / folder, against)
