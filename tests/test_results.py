@@ -46,6 +46,17 @@ def test_rows_of_a_family_share_their_rate():
     assert runner.family(runner.SIX) == "sld" and runner.family(runner.LADDER["04-kd-both"]) == "kd"
 
 
+@pytest.mark.parametrize("group, chosen", [("omega", runner.OMEGA),
+                                           ("ce-weight", runner.CE_WEIGHT)])
+def test_what_the_ladder_takes_is_the_best_of_its_grid_and_inside_it(group, chosen):
+    means = {}
+    for row in evaluation.read_rows(ROOT / "results" / f"tuning-{group}").values():
+        config, _ = next(iter(row.values()))
+        by_seed = evaluation.last_top1(row)
+        means[config[group.replace("-", "_")]] = sum(by_seed.values()) / len(by_seed)
+    assert chosen == max(means, key=means.get) and min(means) < chosen < max(means)
+
+
 def test_shared_logits_change_no_digit(short, monkeypatch):
     def numbers(history):
         return [{k: v for k, v in row.items() if k not in ("seconds", "images_per_second")}
