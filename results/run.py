@@ -99,6 +99,21 @@ def variants(flags, name, values):
             for v in values}
 
 
+# Fine-tuning, from ImageNet weights in torch's cache, on sets put there by hand: results/README.md.
+PHOTOGRAPHS = "--dataset folder --data-dir data/{} --image-size 64 --evaluate val"
+PHOTOGRAPHS_TEACHERS = {
+    f"{name}-val": f"--method ce --student mobilenet_v3_small {PHOTOGRAPHS.format(name)}"
+    for name in ("set-a", "set-b")}
+
+
+def fine_tuning(name):
+    teacher = f"--teacher mobilenet_v3_small {TEACHER.format(name + '-val')}"
+    common = f"--student shufflenet_v2_x0_5 {PHOTOGRAPHS.format(name)}"
+    return {f"{method}-lr{lr:g}":
+            f"--method {method} {'' if method == 'ce' else teacher} {common} --lr {lr:g}"
+            for method in ("ce", "kd", "sld") for lr in (0.003, 0.01, 0.03, 0.1)}
+
+
 # group: (its rows, each with flags of train.py; the seeds)
 GROUPS = {
     "glyphs": (ladder(TEACHER.format("glyphs")), range(5)),
@@ -124,6 +139,8 @@ GROUPS = {
     "tuning-teacher": ({f"resnet14-lr{lr:g}": f"{ALONE} --evaluate val --lr {lr:g}"
                         for lr in (0.1, 0.4)}, range(1)),
     "tuning-vit": (grid(VIT_GRID, "--student vit_nano"), range(1)),
+    "tuning-set-a": (fine_tuning("set-a"), range(1)),
+    "tuning-set-b": (fine_tuning("set-b"), range(1)),
     "recipes": (recipes(), range(3)),
     # On validation images as good as 0.2, within 0.03 points.
     "kd-rate": ({"kd-lr0.4": f"--method kd --lr 0.4 {TEACHER.format('glyphs')}"}, range(3)),
@@ -305,7 +322,7 @@ def main():
                      f"{', '.join(rows)}")
     rows = {row: flags for row, flags in rows.items() if row in (args.rows or rows)}
     (ROOT / "runs").mkdir(exist_ok=True)
-    for name, flags in GROUPS["teachers"][0].items():
+    for name, flags in (GROUPS["teachers"][0] | PHOTOGRAPHS_TEACHERS).items():
         if any(TEACHER.format(name) in others for others in rows.values()):
             make(f"results/teachers/{name}", flags, 0)
     with ThreadPoolExecutor(args.jobs) as pool:
