@@ -109,9 +109,10 @@ PHOTOGRAPHS_TEACHERS = {
 def fine_tuning(name):
     teacher = f"--teacher mobilenet_v3_small {TEACHER.format(name + '-val')}"
     common = f"--student shufflenet_v2_x0_5 {PHOTOGRAPHS.format(name)}"
+    rates = (0.0003, 0.001, 0.003, 0.01, 0.03, 0.1)
     return {f"{method}-lr{lr:g}":
             f"--method {method} {'' if method == 'ce' else teacher} {common} --lr {lr:g}"
-            for method in ("ce", "kd", "sld") for lr in (0.003, 0.01, 0.03, 0.1)}
+            for method in ("ce", "kd", "sld") for lr in rates if lr > 0.001 or method == "sld"}
 
 
 # group: (its rows, each with flags of train.py; the seeds)
