@@ -310,10 +310,10 @@ def difference(row, other):
     return interval([a[seed] - b[seed] for seed in sorted(a.keys() & b.keys())])
 
 
-def holm(rows, against):
-    """{row: p} of the `difference` to the row `against`, corrected for their number (Holm, 1979).
-    Rows of fewer than two seeds are left out."""
-    p = {name: difference(row, rows[against])[3] for name, row in rows.items() if name != against}
+def holm(pairs):
+    """{name: p} of the `difference` of each of {name: (row, other)}, corrected for their number
+    (Holm, 1979). Rows of fewer than two seeds are left out."""
+    p = {name: difference(*pair)[3] for name, pair in pairs.items()}
     p = {name: value for name, value in p.items() if value is not None}
     worst, corrected = 0, {}
     for k, name in enumerate(sorted(p, key=p.get)):
@@ -334,7 +334,8 @@ def table(folder, against=None):
     lines = [f"| run | student | epochs | n seeds | last epoch, {part} top-1 % (mean ± sd) | "
              f"best epoch (mean; selected on {part}) | difference to {against or 'the row above'} "
              f"(95 % interval) | verdict{' (Holm)' if against else ''} |", "|---" * 8 + "|"]
-    above, p = None, holm(rows, against) if against else {}
+    above, least, others = None, [], rows.keys() - {against}
+    p = holm({name: (rows[name], rows[against]) for name in others}) if against else {}
     for name, row in rows.items():
         config, epochs = next(iter(row.values()))
         last = torch.tensor(list(last_top1(row).values()), dtype=torch.float64)
@@ -352,9 +353,15 @@ def table(folder, against=None):
             shown = p[name] < 0.05 if against else low > 0 or high < 0
             verdict = ("better" if mean > 0 else "worse") if shown else "no difference shown"
             verdict += f" (p = {p[name]:.2g})" if against else ""
+            df = len(row.keys() & rows[other].keys()) - 1
+            least.append((high - mean) * quantile(0.05 / (len(p) or 1), df) / quantile(0.05, df))
             cells += [f"{mean:+.2f} ({low:+.2f} to {high:+.2f})", verdict]
         lines.append("| " + " | ".join(cells) + " |")
         above = name
+    if p:
+        # That of Holm's first step, the strictest.
+        lines += ["", "A difference that is smaller than this is not shown, in the median row: "
+                  f"{sorted(least)[len(least) // 2]:.1f} points."]
     return "\n".join(lines)
 
 

@@ -134,11 +134,14 @@ TUNED = {
                 warmup=None),
     "adamw": dict(lr=dict.fromkeys(METHODS, 1e-3), epochs=16),
 }
-# For ImageNet the released code's; for pretrained networks on a folder usual values, not tuned.
+# For ImageNet the released code's.
 IMAGENET = {"sgd": dict(lr=0.2, weight_decay=1e-4), "adamw": {}}
+# For pretrained networks on a folder. The rates of ce, kd and sld: results/tuning-set-a and -b;
+# dkd and rld, whose losses are as large as sld's, take its rate. Not tuned with adamw.
 FINE_TUNING = {
-    "sgd": dict(lr=0.01, weight_decay=1e-4, epochs=10, schedule="cosine", warmup=None),
-    "adamw": dict(lr=1e-4, epochs=10, warmup=None),
+    "sgd": dict(lr=dict(ce=0.03, kd=0.01, sld=0.003, dkd=0.003, rld=0.003), weight_decay=1e-4,
+                epochs=10, schedule="cosine", warmup=None),
+    "adamw": dict(lr=dict.fromkeys(METHODS, 1e-4), epochs=10, warmup=None),
 }
 # Families that train with AdamW.
 TRANSFORMERS = ("vit", "swin", "maxvit", "convnext")
@@ -206,8 +209,8 @@ def resolve(s):
     tuned = {"glyphs": TUNED, "imagenet": IMAGENET}.get(dataset, {}).get(optimizer, {})
     if pretrained and dataset == "folder" and networks["student"] in TORCHVISION:
         tuned = FINE_TUNING[optimizer]
-    if dataset == "glyphs":
-        tuned = tuned | dict(lr=tuned["lr"].get(method, METHODS[method]["lr"]))
+    if isinstance(tuned.get("lr"), dict):
+        tuned = tuned | dict(lr=tuned["lr"][method])
     if dataset == "imagenet" and method in ("kd", "sld"):
         tuned = tuned | dict(ce_weight=0.5, kd_weight=0.5)
 

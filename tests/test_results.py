@@ -104,10 +104,31 @@ def test_the_table_of_mistakes():
     assert second == f"| 2-sld | 2 | 15.0 | {none} | 80.0 | {none} |"
 
 
-@pytest.mark.parametrize("what", re.findall(
-    r"<!-- mistakes: (.+?) -->", (ROOT / "results/README.md").read_text("utf-8")))
-def test_the_tables_of_mistakes_are_what_the_files_give(what):
+@pytest.mark.parametrize("kind", ["mistakes", "claims"])
+def test_the_other_tables_are_what_the_files_give(kind):
     page = (ROOT / "results/README.md").read_text("utf-8")
-    folder, against = what.split(" against ")
-    shown = re.search(rf"<!-- mistakes: {what} -->\n(.*?)\n<!-- end -->", page, re.S).group(1)
-    assert shown == runner.mistakes_table(ROOT / folder, against)
+    tables = re.findall(rf"<!-- {kind}: (.+?) -->\n(.*?)\n<!-- end -->", page, re.S)
+    assert tables
+    for what, shown in tables:
+        folder, *against = what.split(" against ")
+        assert shown == runner.TABLES[kind](ROOT / folder, *against)
+
+
+def test_the_readme_says_of_the_ladder_what_its_logs_show():
+    text = " ".join((ROOT / "README.md").read_text("utf-8").split())
+    made = {row: sum(by_seed.values()) / len(by_seed)
+            for row, by_seed in runner.shares_of(ROOT / "results/glyphs", "made").items()}
+    alone, kd, swap, sld, ce = (made[row] for row in (
+        "01-ce-weak", "05-kd-both-T1to6", "06-teacher-swap", "09-sld", "14-kd-both-T1to6-more-ce"))
+    assert f"a student repeats {alone:.0f} % of the teacher's, taught by KD {kd:.0f} %" in text
+    assert f"brings that down by {kd - swap:.1f} points, SLD by {kd - sld:.1f};" in text
+    assert kd - ce < 1
+    rows = evaluation.read_rows(ROOT / "results/glyphs")
+    mean, low, high, _ = evaluation.difference(rows["09-sld"], rows["05-kd-both-T1to6"])
+    assert f"SLD is {mean:.2f} points above row 05, which" in text and low < 0 < high
+    mean, low, _, _ = evaluation.difference(rows["09-sld"], rows["08-both-swaps"])
+    assert f"costs {mean:.1f} points" in text and low > 0
+    for pair in (("06-teacher-swap", "07-GA-teacher"), ("09-sld", "06-teacher-swap"),
+                 ("09-sld", "04-kd-both")):
+        assert evaluation.difference(*(rows[row] for row in pair))[1] < 0
+    assert {len(row) for row in rows.values()} == {4} and "four seeds" in text

@@ -77,7 +77,7 @@ def test_photographs_with_torchvisions_networks_are_fine_tuned():
     theirs = dict(dataset="folder", teacher="resnet50", student="mobilenet_v3_small")
     s = resolve(Settings(**theirs))
     assert (s.pretrained, s.image_size, s.batch_size, s.optimizer) == (True, 224, 64, "sgd")
-    assert (s.epochs, s.lr, s.schedule, s.warmup, s.gamma) == (10, 0.01, "cosine", 1, 6)
+    assert (s.epochs, s.lr, s.schedule, s.warmup, s.gamma) == (10, 0.003, "cosine", 1, 6)
     s = resolve(Settings(**theirs, pretrained=False))
     assert (s.pretrained, s.image_size, s.epochs, s.lr, s.schedule) == (False, 224, 60, 0.025,
                                                                         "step")
