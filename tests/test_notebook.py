@@ -108,8 +108,8 @@ def test_the_examples_are_chosen_among_what_is_there(teacher, what, capsys):
 
 
 def test_missing_logs_name_the_command_that_makes_them(small, monkeypatch):
-    shutil.rmtree(small / "results/recipes")
+    shutil.rmtree(small / "results/glyphs")
     cell, = [cell for cell in CODE if "def ladder" in cell.source]
     monkeypatch.chdir(small)
-    with pytest.raises(SystemExit, match="python results/run.py recipes makes the logs"):
-        exec(cell.source, dict(evaluation=evaluation))
+    with pytest.raises(SystemExit, match="python results/run.py glyphs makes the logs"):
+        exec(cell.source, dict(evaluation=evaluation, Path=Path))
