@@ -28,7 +28,7 @@ from matplotlib.figure import Figure  # noqa: E402
 import eval as evaluation  # noqa: E402
 import train  # noqa: E402
 from folders import replacing  # noqa: E402
-from train import TUNED  # noqa: E402
+from train import FINE_TUNING, TUNED  # noqa: E402
 
 TEACHER = "--teacher-checkpoint results/teachers/{}/seed0/last.pt"
 # The teacher of the default experiment, as train.py trains it by itself.
@@ -106,13 +106,18 @@ PHOTOGRAPHS_TEACHERS = {
     for name in ("set-a", "set-b")}
 
 
-def fine_tuning(name):
+BEST = FINE_TUNING["sgd"]["lr"]
+
+
+def fine_tuning(name, more="", best=None):
+    """A grid of rates, of which sld's goes lower, or only the rates {method: rate}."""
     teacher = f"--teacher mobilenet_v3_small {TEACHER.format(name + '-val')}"
     common = f"--student shufflenet_v2_x0_5 {PHOTOGRAPHS.format(name)}"
     rates = (0.0003, 0.001, 0.003, 0.01, 0.03, 0.1)
     return {f"{method}-lr{lr:g}":
-            f"--method {method} {'' if method == 'ce' else teacher} {common} --lr {lr:g}"
-            for method in ("ce", "kd", "sld") for lr in rates if lr > 0.001 or method == "sld"}
+            f"--method {method} {'' if method == 'ce' else teacher} {common} --lr {lr:g} {more}"
+            for method in ("ce", "kd", "sld") for lr in rates
+            if (lr == best[method] if best else lr > 0.001 or method == "sld")}
 
 
 # group: (its rows, each with flags of train.py; the seeds)
@@ -142,6 +147,9 @@ GROUPS = {
     "tuning-vit": (grid(VIT_GRID, "--student vit_nano"), range(1)),
     "tuning-set-a": (fine_tuning("set-a"), range(1)),
     "tuning-set-b": (fine_tuning("set-b"), range(1)),
+    # The best rates again, at twice the epochs.
+    "tuning-set-a-twice": (fine_tuning("set-a", "--epochs 20", BEST), range(1)),
+    "tuning-set-b-twice": (fine_tuning("set-b", "--epochs 20", BEST), range(1)),
     "recipes": (recipes(), range(3)),
     # On validation images as good as 0.2, within 0.03 points.
     "kd-rate": ({"kd-lr0.4": f"--method kd --lr 0.4 {TEACHER.format('glyphs')}"}, range(3)),
