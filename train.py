@@ -210,7 +210,7 @@ def resolve(s):
     if pretrained and dataset == "folder" and networks["student"] in TORCHVISION:
         tuned = FINE_TUNING[optimizer]
     if isinstance(tuned.get("lr"), dict):
-        tuned = tuned | dict(lr=tuned["lr"][method])
+        tuned = tuned | dict(lr=tuned["lr"].get(method, METHODS[method]["lr"]))
     if dataset == "imagenet" and method in ("kd", "sld"):
         tuned = tuned | dict(ce_weight=0.5, kd_weight=0.5)
 
