@@ -141,7 +141,7 @@ IMAGENET = {"sgd": dict(lr=0.2, weight_decay=1e-4), "adamw": {}}
 FINE_TUNING = {
     "sgd": dict(lr=dict(ce=0.03, kd=0.01, sld=0.003, dkd=0.003, rld=0.003), weight_decay=1e-4,
                 epochs=10, schedule="cosine", warmup=None),
-    "adamw": dict(lr=dict.fromkeys(METHODS, 1e-4), epochs=10, warmup=None),
+    "adamw": dict(lr=1e-4, epochs=10, warmup=None),
 }
 # Families that train with AdamW.
 TRANSFORMERS = ("vit", "swin", "maxvit", "convnext")
