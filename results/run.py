@@ -1,8 +1,9 @@
 """Make the runs behind the tables:  python results/run.py GROUP [--jobs 2] [--rows ROW …]
 
 A run that is there is left alone, one that was cut off goes on, a teacher that is missing comes
-first. Each runs on one thread, but for the rows that say otherwise, so that its numbers do not
-depend on --jobs. Logs go to results/GROUP/<row>/seed<k>; weights stay beside them, out of git.
+first. Each runs on one thread and in float32, but for the rows that say otherwise, so that its
+numbers depend on neither --jobs nor a processor's bfloat16. Logs go to results/GROUP/<row>/seed<k>;
+weights stay beside them, out of git.
 A teacher's logits are kept in runs/logits, since rows of one seed and the same views need the same.
 A ladder's students are counted against the teacher's mistakes, into mistakes.json beside each log.
 Then the tables of both READMEs and results/differences.png are made anew from all logs here.
@@ -138,7 +139,7 @@ GROUPS = {
     "tuning-ce-weight": (variants(SIX, "--ce-weight", (0.1, 0.3, 1, 3, 10)), range(2)),
     "teachers": ({"glyphs": ALONE, "glyphs-val": f"{ALONE} --evaluate val"}, range(1)),
     "stability": ({f"{name}-{n}-thread": f"{ALONE} {flag}"
-                   for name, flag in (("float32", "--no-amp"), ("bfloat16", "--amp"))
+                   for name, flag in (("float32", ""), ("bfloat16", "--amp"))
                    for n in (1, 2)}, range(3)),
     "tuning": (grid(GRID), range(3)),
     # The rate of 0.2 is teachers/glyphs-val.
@@ -209,7 +210,7 @@ def make(folder, flags, seed):
                 return 0
             # Not in git: made again, elsewhere, and put beside their logs.
             folder = f"runs/{folder.replace('/', '-')}"
-    start = [*flags.split(), "--seed", str(seed)]
+    start = ["--no-amp", *flags.split(), "--seed", str(seed)]
     if (ROOT / folder / "config.json").exists():
         start = ["--resume"]
     with open(ROOT / "runs" / f"{folder}.out".replace("/", "-"), "w") as out:
