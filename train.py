@@ -121,14 +121,14 @@ SIZES = {
     "folder": dict(teacher="resnet20", student="resnet8", epochs=60, batch_size=64),
     "imagenet": dict(teacher="resnet34", student="resnet18", epochs=100, batch_size=512),
 }
-# Where the teacher that is trained first has a recipe of its own: results/tuning-teacher. Elsewhere
-# it takes as many epochs as the student.
+# Where a teacher that is trained first with SGD has a recipe of its own: results/tuning-teacher. A
+# transformer takes that of its optimiser; elsewhere a teacher takes the student's epochs.
 TEACHERS = {"glyphs": dict(epochs=12, lr=0.2)}
 OPTIMIZERS = {
     "sgd": dict(schedule="step", weight_decay=5e-4, warmup=0.0),
     "adamw": dict(schedule="cosine", weight_decay=0.05, lr=1e-3),
 }
-# For glyphs, on its validation part: results/tuning.
+# For glyphs, on its validation part: results/tuning. Not tuned with adamw.
 TUNED = {
     "sgd": dict(lr=dict(ce=0.4, kd=0.2, sld=0.1, dkd=0.05, rld=0.1), schedule="cosine",
                 warmup=None),
@@ -641,6 +641,8 @@ def cached_teacher(s, data):
     if pretrained:
         name += "-pretrained"
     recipe = TEACHERS.get(s.dataset, dict(epochs=s.epochs))
+    if s.dataset in TEACHERS and s.teacher.startswith(TRANSFORMERS):
+        recipe = {}
     if s.dataset not in TEACHERS:
         name += f"-{s.epochs}-epochs"
     folder = Path(f"runs/teacher-{name}-{s.teacher}")

@@ -379,6 +379,20 @@ def test_the_cached_teacher_is_of_this_version_of_glyphs(easy_glyphs, command, m
     assert Path(f"runs/teacher-glyphs-{data.GLYPHS_VERSION}-resnet14/last.pt").exists()
 
 
+@pytest.mark.parametrize("teacher, recipe", [("resnet14", ("sgd", 0.2, 12)),
+                                             ("resnet20", ("sgd", 0.2, 12)),
+                                             ("vit_nano", ("adamw", 0.001, 16))])
+def test_the_teacher_of_glyphs_is_trained_by_a_recipe_of_its_kind(monkeypatch, teacher, recipe):
+    trained = []
+    monkeypatch.setattr(train, "run", lambda settings, *a, **k: trained.append(settings))
+    part = torch.zeros(64, 3, 16, 16, dtype=torch.uint8), torch.arange(64) % 47
+    glyphs = data.Dataset(part, part, list("abc"), (0.5,), (0.5,), flip=False)
+    train.cached_teacher(train.resolve(train.Settings(teacher=teacher)), glyphs)
+    (mine,) = trained
+    mine = train.resolve(mine)
+    assert (mine.student, mine.optimizer, mine.lr, mine.epochs) == (teacher, *recipe)
+
+
 def test_a_folder_linked_at_two_depths_is_read_whole(colors, tmp_path):
     root = shutil.copytree(colors, tmp_path / "photos")
     (tmp_path / "pool/2020").mkdir(parents=True)
