@@ -1,9 +1,9 @@
 """Make the runs behind the tables:  python results/run.py GROUP [--jobs 2] [--rows ROW …]
 
 A run that is there is left alone, one that was cut off goes on, a teacher that is missing comes
-first. Each runs on one thread and in float32, but for the rows that say otherwise, so that its
-numbers depend on neither --jobs nor a processor's bfloat16. Logs go to results/GROUP/<row>/seed<k>;
-weights stay beside them, out of git.
+first. Each runs on one thread of the CPU and in float32, but for the rows that say otherwise, so
+that its numbers do not depend on --jobs, a GPU or a processor's bfloat16. Logs go to
+results/GROUP/<row>/seed<k>; weights stay beside them, out of git.
 A teacher's logits are kept in runs/logits, since rows of one seed and the same views need the same.
 A ladder's students are counted against the teacher's mistakes, into mistakes.json beside each log.
 Then the tables of both READMEs and results/differences.png are made anew from all logs here.
@@ -190,9 +190,9 @@ def train_shared():
     """train.py, with the flags that follow, and a teacher that is `shared`."""
     own = train.get_teacher
 
-    def get_teacher(*args):
-        teacher, digest = own(*args)
-        return shared(teacher, ROOT / "runs/logits" / digest), digest
+    def get_teacher(s, *args):
+        teacher, digest = own(s, *args)
+        return shared(teacher, ROOT / "runs/logits" / f"{digest}{'-amp' * s.amp}"), digest
 
     train.get_teacher = get_teacher
     del sys.argv[1]
@@ -211,7 +211,7 @@ def make(folder, flags, seed):
                 return 0
             # Not in git: made again, elsewhere, and put beside their logs.
             folder = f"runs/{folder.replace('/', '-')}"
-    start = ["--no-amp", *flags.split(), "--seed", str(seed)]
+    start = ["--device", "cpu", "--no-amp", *flags.split(), "--seed", str(seed)]
     if (ROOT / folder / "config.json").exists():
         start = ["--resume"]
     with open(ROOT / "runs" / f"{folder}.out".replace("/", "-"), "w") as out:
@@ -256,6 +256,14 @@ def shares_of(folder, key):
     return shares
 
 
+def shown(mean, low, high, digits):
+    """A difference and its interval, in words; "-" where there is none."""
+    if mean is None:
+        return "-"
+    return f"{mean:+.{digits}f}" + (
+        "" if low is None else f" ({low:+.{digits}f} to {high:+.{digits}f})")
+
+
 def mistakes_table(folder, against):
     """Markdown: what the rows below `folder` make of the teacher's errors, and the difference to
     the row `against` with its 95 % interval."""
@@ -269,8 +277,7 @@ def mistakes_table(folder, against):
             own, other = by_row[row], by_row[against]
             cells.append(f"{np.mean([*own.values()]):.1f}")
             mean, low, high, _ = evaluation.interval([own[k] - other[k] for k in own if k in other])
-            cells.append("-" if row == against or mean is None else f"{mean:+.1f}" if low is None
-                         else f"{mean:+.1f} ({low:+.1f} to {high:+.1f})")
+            cells.append("-" if row == against else shown(mean, low, high, 1))
         lines.append("| " + " | ".join(cells) + " |")
     return "\n".join(lines)
 
@@ -291,15 +298,16 @@ CLAIMS = {
 
 
 def claims_table(folder):
-    """Markdown: the claims, and the difference that tests each, with Holm's p over all of them."""
+    """Markdown: the claims whose rows are below `folder`, the difference that tests each, and
+    Holm's p over all of them."""
     rows = evaluation.read_rows(folder)
-    pairs = {claim: (rows[a], rows[b]) for claim, (a, b) in CLAIMS.items()}
+    pairs = {claim: (rows[a], rows[b]) for claim, (a, b) in CLAIMS.items() if {a, b} <= {*rows}}
     p = evaluation.holm(pairs)
     lines = ["| claim | rows | difference (95 % interval) | p (Holm) |", "|---" * 4 + "|"]
     for claim, pair in pairs.items():
         mean, low, high, _ = evaluation.difference(*pair)
-        lines.append(f"| {claim} | {' minus '.join(CLAIMS[claim])} | {mean:+.2f} ({low:+.2f} to "
-                     f"{high:+.2f}) | {p[claim]:.2g} |")
+        lines.append(f"| {claim} | {' minus '.join(CLAIMS[claim])} | {shown(mean, low, high, 2)} | "
+                     f"{f'{p[claim]:.2g}' if claim in p else '-'} |")
     return "\n".join(lines)
 
 
