@@ -310,10 +310,8 @@ def difference(row, other):
     return interval([a[seed] - b[seed] for seed in sorted(a.keys() & b.keys())])
 
 
-def holm(pairs):
-    """{name: p} of the `difference` of each of {name: (row, other)}, corrected for their number
-    (Holm, 1979). Rows of fewer than two seeds are left out."""
-    p = {name: difference(*pair)[3] for name, pair in pairs.items()}
+def holm(p):
+    """{name: p}, each corrected for their number (Holm, 1979). What is None is left out."""
     p = {name: value for name, value in p.items() if value is not None}
     worst, corrected = 0, {}
     for k, name in enumerate(sorted(p, key=p.get)):
@@ -335,7 +333,7 @@ def table(folder, against=None):
              f"best epoch (mean; selected on {part}) | difference to {against or 'the row above'} "
              f"(95 % interval) | verdict{' (Holm)' if against else ''} |", "|---" * 8 + "|"]
     above, least, others = None, [], rows.keys() - {against}
-    p = holm({name: (rows[name], rows[against]) for name in others}) if against else {}
+    p = holm({name: difference(rows[name], rows[against])[3] for name in others if against})
     for name, row in rows.items():
         config, epochs = next(iter(row.values()))
         last = torch.tensor(list(last_top1(row).values()), dtype=torch.float64)

@@ -256,28 +256,37 @@ def shares_of(folder, key):
     return shares
 
 
-def shown(mean, low, high, digits):
-    """A difference and its interval, in words; "-" where there is none."""
+def minus(own, other):
+    """The `eval.interval` of the differences of two {seed: number}, seed by seed."""
+    return evaluation.interval([own[k] - other[k] for k in own if k in other])
+
+
+def shown(interval, digits):
+    """An `eval.interval` as a table has it: its mean, and its ends where there are any."""
+    mean, low, high, _ = interval
     if mean is None:
         return "-"
-    return f"{mean:+.{digits}f}" + (
-        "" if low is None else f" ({low:+.{digits}f} to {high:+.{digits}f})")
+    ends = "" if low is None else f" ({low:+.{digits}f} to {high:+.{digits}f})"
+    return f"{mean:+.{digits}f}{ends}"
 
 
 def mistakes_table(folder, against):
     """Markdown: what the rows below `folder` make of the teacher's errors, and the difference to
-    the row `against` with its 95 % interval."""
+    the row `against` with its 95 % interval and Holm's p over the rows."""
     keys = {"made": "the teacher's answer too", "avoided": "right instead"}
-    lines = ["| run | n | " + " | ".join(f"{words}, % | difference to {against} (95 % interval)"
-                                         for words in keys.values()) + " |", "|---" * 6 + "|"]
-    shares = {key: shares_of(folder, key) for key in keys}
-    for row in shares["made"]:
-        cells = [row, str(len(shares["made"][row]))]
-        for by_row in shares.values():
-            own, other = by_row[row], by_row[against]
-            cells.append(f"{np.mean([*own.values()]):.1f}")
-            mean, low, high, _ = evaluation.interval([own[k] - other[k] for k in own if k in other])
-            cells.append("-" if row == against else shown(mean, low, high, 1))
+    lines = ["| run | n | " + " | ".join(f"{words}, % | difference to {against} (95 % interval) | "
+                                         "p (Holm)" for words in keys.values()) + " |",
+             "|---" * 8 + "|"]
+    shares = [shares_of(folder, key) for key in keys]
+    differences = [{row: minus(by_row[row], by_row[against]) for row in by_row if row != against}
+                   for by_row in shares]
+    p = [evaluation.holm({row: d[3] for row, d in by_row.items()}) for by_row in differences]
+    for row in shares[0]:
+        cells = [row, str(len(shares[0][row]))]
+        for by_row, d, corrected in zip(shares, differences, p):
+            cells += [f"{np.mean([*by_row[row].values()]):.1f}",
+                      shown(d[row], 1) if row in d else "-",
+                      f"{corrected[row]:.2g}" if row in corrected else "-"]
         lines.append("| " + " | ".join(cells) + " |")
     return "\n".join(lines)
 
@@ -298,16 +307,21 @@ CLAIMS = {
 
 
 def claims_table(folder):
-    """Markdown: the claims whose rows are below `folder`, the difference that tests each, and
-    Holm's p over all of them."""
-    rows = evaluation.read_rows(folder)
-    pairs = {claim: (rows[a], rows[b]) for claim, (a, b) in CLAIMS.items() if {a, b} <= {*rows}}
-    p = evaluation.holm(pairs)
-    lines = ["| claim | rows | difference (95 % interval) | p (Holm) |", "|---" * 4 + "|"]
+    """Markdown: the claims whose rows are below `folder`, and the differences that test each, in
+    top-1 and in the share of the teacher's errors that a student makes too, with Holm's p over the
+    claims."""
+    rows, made = evaluation.read_rows(folder), shares_of(folder, "made")
+    pairs = {claim: pair for claim, pair in CLAIMS.items() if {*pair} <= {*rows}}
+    top1 = {claim: evaluation.difference(rows[a], rows[b]) for claim, (a, b) in pairs.items()}
+    repeats = {claim: minus(made[a], made[b]) for claim, (a, b) in pairs.items()}
+    lines = ["| claim | rows | top-1, points (95 % interval) | p (Holm) | the teacher's mistakes "
+             "made too, points (95 % interval) | p (Holm) |", "|---" * 6 + "|"]
     for claim, pair in pairs.items():
-        mean, low, high, _ = evaluation.difference(*pair)
-        lines.append(f"| {claim} | {' minus '.join(CLAIMS[claim])} | {shown(mean, low, high, 2)} | "
-                     f"{f'{p[claim]:.2g}' if claim in p else '-'} |")
+        cells = [claim, " minus ".join(pair)]
+        for by_claim, digits in ((top1, 2), (repeats, 1)):
+            p = evaluation.holm({name: d[3] for name, d in by_claim.items()}).get(claim)
+            cells += [shown(by_claim[claim], digits), "-" if p is None else f"{p:.2g}"]
+        lines.append("| " + " | ".join(cells) + " |")
     return "\n".join(lines)
 
 
@@ -339,9 +353,9 @@ def draw_differences(groups):
                                    groups.items()):
         rows = evaluation.read_rows(folder)
         names = [name for name in rows if name != against]
-        p = evaluation.holm({name: (rows[name], rows[against]) for name in names})
-        for y, name in enumerate(names):
-            mean, low, high, _ = evaluation.difference(rows[name], rows[against])
+        differences = {name: evaluation.difference(rows[name], rows[against]) for name in names}
+        p = evaluation.holm({name: d[3] for name, d in differences.items()})
+        for y, (name, (mean, low, high, _)) in enumerate(differences.items()):
             colour = evaluation.BLUE if mean > 0 else evaluation.ORANGE
             face = colour if p.get(name, 1) < 0.05 else "white"
             ax.plot([low, high], [y, y], color=colour)

@@ -69,6 +69,7 @@ def write_run(folder, accuracies, **config):
     top1 = config.get("evaluate", "test") + "_top1"
     rows = [json.dumps({"epoch": i, top1: a}) + "\n" for i, a in enumerate(accuracies, 1)]
     (folder / "metrics.jsonl").write_text("".join(rows))
+    return folder
 
 
 def cells(out):
@@ -121,10 +122,10 @@ def test_holm_corrects_for_the_number_of_comparisons(tmp_path):
         for seed, value in enumerate(top1):
             write_run(tmp_path / row / f"seed{seed}", [50 + value], seed=seed)
     runs = evaluation.read_rows(tmp_path)
-    pairs = {name: (runs[name], runs["base"]) for name in rows if name != "base"}
-    raw = {name: evaluation.holm({name: pairs[name]})[name] for name in ("far", "near", "none")}
+    raw = {name: evaluation.difference(runs[name], runs["base"])[3] for name in rows}
+    del raw["base"]
     assert raw["far"] < 0.001 < raw["near"] < 0.05 < raw["none"]
-    corrected = evaluation.holm(pairs)
+    corrected = evaluation.holm(raw | {"alone": None})
     assert corrected == pytest.approx(
         {"far": 4 * raw["far"], "near": 3 * raw["near"], "none": 1, "same": 1})
     # Alone it is significant, among four it is not.

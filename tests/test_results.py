@@ -6,6 +6,7 @@ import re
 from pathlib import Path
 
 import pytest
+from test_eval import write_run
 
 import eval as evaluation
 import train
@@ -98,10 +99,27 @@ def test_the_table_of_mistakes():
             train.write_json(folder / "mistakes.json", dict(
                 teacher_errors=10, teacher_errors_made=made, teacher_errors_avoided=avoided))
     first, second = runner.mistakes_table("group", "1-ce").splitlines()[2:]
-    assert first == "| 1-ce | 2 | 15.0 | - | 80.0 | - |"
+    assert first == "| 1-ce | 2 | 15.0 | - | - | 80.0 | - | - |"
     # Student's t of one degree of freedom: 12.71 times the standard error, which is 10 here.
-    none = "+0.0 (-127.1 to +127.1)"
+    none = "+0.0 (-127.1 to +127.1) | 1"
     assert second == f"| 2-sld | 2 | 15.0 | {none} | 80.0 | {none} |"
+
+
+def test_the_table_of_claims(tmp_path, monkeypatch):
+    """Of two claims whose rows are there, one is as sure as can be, and p counts both."""
+    monkeypatch.setattr(runner, "CLAIMS", {"far": ("b", "a"), "none": ("c", "a"),
+                                           "absent": ("z", "a")})
+    for row, top1 in dict(a=(50, 50, 50), b=(52, 52.1, 51.9), c=(51, 49, 50)).items():
+        for seed, value in enumerate(top1):
+            folder = write_run(tmp_path / row / f"seed{seed}", [value], seed=seed)
+            train.write_json(folder / "mistakes.json", dict(
+                teacher_errors=10, teacher_errors_made=seed + (row == "c")))
+    raw = evaluation.difference(*(evaluation.read_rows(tmp_path)[row] for row in "ba"))[3]
+    _, _, far, none = runner.claims_table(tmp_path).splitlines()
+    assert far == ("| far | b minus a | +2.00 (+1.75 to +2.25) | "
+                   f"{2 * raw:.2g} | +0.0 (+0.0 to +0.0) | 1 |")
+    assert none == ("| none | c minus a | +0.00 (-2.48 to +2.48) | 1 | "
+                    "+10.0 (+10.0 to +10.0) | 0 |")
 
 
 @pytest.mark.parametrize("kind", ["mistakes", "claims"])
