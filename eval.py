@@ -11,6 +11,7 @@ import itertools
 import json
 import math
 import pickle
+import re
 import sys
 import warnings
 from pathlib import Path
@@ -224,10 +225,14 @@ ALIKE = ("dataset", "evaluate", "image_size", "student", "teacher", "epochs")
 
 def read_rows(folder):
     """{row: {seed: (config, epochs)}} of the runs folder/<row>/<seed folder>, rows in alphabetical
-    order. Raises UserError where a row would mix experiments, or the rows differ in length, data,
-    student or teacher."""
+    order, numbers in their names by size. Raises UserError where a row would mix experiments, or
+    the rows differ in length, data, student or teacher."""
+    def in_order(path):
+        words = re.split(r"(\d+(?:\.\d+)?)", str(path))
+        return [float(word) if k % 2 else word for k, word in enumerate(words)]
+
     rows, alike = {}, {}
-    for path in sorted(Path(folder).rglob("metrics.jsonl")):
+    for path in sorted(Path(folder).rglob("metrics.jsonl"), key=in_order):
         run = path.parent
         if run == Path(folder):
             raise UserError(f"--table {folder}: is a run; give the folder that its row is in")

@@ -115,6 +115,12 @@ def test_the_quantiles_are_students(p):
         assert torch.trapezoid(density, x).item() == pytest.approx(1 - p, abs=1e-5)
 
 
+def test_rows_with_numbers_stand_by_size(tmp_path):
+    for name in ("lr10", "lr0.3", "lr3", "12-b", "2-a"):
+        write_run(tmp_path / name / "seed0", [50], seed=0)
+    assert [*evaluation.read_rows(tmp_path)] == ["2-a", "12-b", "lr0.3", "lr3", "lr10"]
+
+
 def test_holm_corrects_for_the_number_of_comparisons(tmp_path):
     rows = {"base": (0, 0, 0, 0), "far": (2.0, 2.1, 1.9, 2.0), "near": (0.9, 1.2, 0.3, 1.6),
             "same": (0, 0, 0, 0), "none": (0.1, -0.2, 0.2, -0.1)}

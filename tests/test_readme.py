@@ -145,6 +145,12 @@ def test_the_rates_of_fine_tuning_are_the_best_of_their_grids_and_inside_them():
         s = train.resolve(train.Settings(method=method, dataset="folder", student="resnet18"))
         assert round(sums[s.lr]) == round(max(sums.values())), (method, sums)
         assert min(sums) < s.lr < max(sums)
+    alone, sld = (max(by_rate[method].values()) / 2 for method in ("ce", "sld"))
+    teacher = np.mean([evaluation.read_run(ROOT / f"results/teachers/{name}-val/seed0")[1][-1][
+        "val_top1"] for name in ("set-a", "set-b")])
+    text = " ".join(README.split())
+    assert f"the student alone reached {alone:.0f} %, with SLD {sld:.1f} %." in text
+    assert f"Its teacher had only {teacher:.0f} %" in text
 
 
 def test_the_sample_output_is_that_of_the_committed_run():
@@ -187,3 +193,14 @@ def test_the_loss_in_ones_own_loop():
                  loader=[(torch.randn(4, 3, 16, 16), torch.tensor([0, 1, 2, 0]))])
     exec(loop, names)
     assert any(not torch.equal(a, b) for a, b in zip(before, student.parameters()))
+
+
+def test_the_way_to_onnx(short, monkeypatch):
+    """The export itself needs packages that are not required, and was run by hand."""
+    _, export = re.findall(r"```python\n(.*?)```", README, re.S)
+    train.run(short(method="ce", epochs=1), "run")
+    shutil.copy("run/best.pt", "best.pt")
+    seen = []
+    monkeypatch.setattr(torch.onnx, "export", lambda model, x, path: seen.append(model(x).shape))
+    exec(export, {})
+    assert seen == [(1, 3)]
