@@ -9,6 +9,7 @@ A ladder's students are counted against the teacher's mistakes, into mistakes.js
 Then the tables of both READMEs and results/differences.png are made anew from all logs here.
 """
 import argparse
+import contextlib
 import hashlib
 import json
 import os
@@ -345,13 +346,20 @@ def fill_tables():
         page.write_text(block.sub(table, page.read_text("utf-8")), "utf-8")
 
 
-def draw_differences(groups):
-    """Figure of the rows of each of `groups` {title: folder}, minus row 5 of the same: mean and
-    95 % interval; filled where Holm's p is below 0.05."""
+def ladders():
+    """{title: rows} of the ladders that are here and whole."""
+    found = {}
+    for title, group in (("glyphs", "glyphs"), ("CIFAR-100", "cifar100")):
+        with contextlib.suppress(evaluation.UserError):
+            found[title] = evaluation.read_rows(ROOT / "results" / group)
+    return found
+
+
+def draw_differences(found):
+    """Figure of the rows of each of `ladders`, minus row 5 of the same: mean and 95 % interval;
+    filled where Holm's p is below 0.05."""
     against, figure = "05-kd-both-T1to6", Figure(figsize=(9, 4.5), dpi=120, layout="constrained")
-    for ax, (title, folder) in zip(figure.subplots(1, len(groups), squeeze=False)[0],
-                                   groups.items()):
-        rows = evaluation.read_rows(folder)
+    for ax, (title, rows) in zip(figure.subplots(1, len(found), squeeze=False)[0], found.items()):
         names = [name for name in rows if name != against]
         differences = {name: evaluation.difference(rows[name], rows[against]) for name in names}
         p = evaluation.holm({name: d[3] for name, d in differences.items()})
@@ -393,10 +401,8 @@ def main():
     if args.group in MISTAKES and status == 0:
         count_mistakes(ROOT / "results" / args.group)
     fill_tables()
-    ladders = {"glyphs": ROOT / "results/glyphs", "CIFAR-100": ROOT / "results/cifar100"}
-    if args.group in ("glyphs", "cifar100") and status == 0:
-        there = {title: folder for title, folder in ladders.items() if folder.exists()}
-        draw_differences(there).savefig(ROOT / "results/differences.png")
+    if args.group in MISTAKES and status == 0:
+        draw_differences(ladders()).savefig(ROOT / "results/differences.png")
     sys.exit(status)
 
 

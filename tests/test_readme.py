@@ -149,7 +149,7 @@ def test_the_rates_of_fine_tuning_are_the_best_of_their_grids_and_inside_them():
     teacher = np.mean([evaluation.read_run(ROOT / f"results/teachers/{name}-val/seed0")[1][-1][
         "val_top1"] for name in ("set-a", "set-b")])
     text = " ".join(README.split())
-    assert f"the student alone reached {alone:.0f} %, with SLD {sld:.1f} %." in text
+    assert f"a student alone reached {alone:.0f} %, with SLD {sld:.1f} %." in text
     assert f"Its teacher had only {teacher:.0f} %" in text
 
 
