@@ -349,7 +349,7 @@ def train_epoch(s, epoch, learner, data):
         loss = sum(terms.values())
         if not loss.isfinite():
             raise UserError(f"epoch {epoch}, step {step + 1} of {steps}, lr {lr:g}: the loss is "
-                            f"not finite; try a smaller --lr{' or --no-amp' if s.amp else ''}")
+                            f"not finite; {remedy(s)}")
         learner.optimizer.zero_grad()
         # The processes' mean of these is the mean over the whole batch.
         scaler.scale(loss * (rows * world / whole)).backward()
@@ -381,6 +381,10 @@ def train_epoch(s, epoch, learner, data):
     return dict(epoch=epoch, lr=lr, loss=sum(loss_terms.values()), **loss_terms, **swaps,
                 train_top1=100 * (1 - wrong[0]), swap_student=100 * sum(wrong) / len(wrong),
                 skipped_steps=skipped, seconds=seconds, images_per_second=n / seconds)
+
+
+def remedy(s):
+    return f"try a smaller --lr{' or --no-amp' if s.amp else ''}"
 
 
 # --- A run ----------------------------------------------------------------------------------------
@@ -432,7 +436,7 @@ def run(settings, run_dir=None, resume=False):
         for epoch in range(len(history) + 1, s.epochs + 1):
             row = train_epoch(s, epoch, learner, data)
             if not all(v.isfinite().all() for v in learner.student.state_dict().values()):
-                raise UserError(f"epoch {epoch}: the weights are not finite; try a smaller --lr")
+                raise UserError(f"epoch {epoch}: the weights are not finite; {remedy(s)}")
             if rank:
                 history.append(row)
                 continue
