@@ -106,6 +106,13 @@ def test_what_the_text_says_of_the_recipes_is_what_their_logs_show():
     assert twice["3-sld"] == max(twice.values())
 
 
+def test_the_teacher_is_stable():
+    top1 = [value for row in evaluation.read_rows(ROOT / "results/stability").values()
+            for value in evaluation.last_top1(row).values()]
+    assert f"from {min(top1):.2f} to {max(top1):.2f} %" in PAGES and len(top1) == 12
+    assert max(top1) - min(top1) <= 1.5
+
+
 def test_the_teachers_errors_are_those_of_the_notebook():
     said = re.search(r"it errs on .*?strong views \(.*?\)", PAGES, re.S).group()
     cells = json.loads((ROOT / "analysis.ipynb").read_text(encoding="utf-8"))["cells"]
