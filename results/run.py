@@ -139,7 +139,9 @@ GROUPS = {
                    range(1)),
     "tuning-omega": (variants(LADDER["07-GA-teacher"], "--omega", (0.5, 1, 2, 4, 8)), range(2)),
     "tuning-ce-weight": (variants(SIX, "--ce-weight", (0.1, 0.3, 1, 3, 10)), range(2)),
-    "teachers": ({"glyphs": ALONE, "glyphs-val": f"{ALONE} --evaluate val"}, range(1)),
+    "teachers": ({"glyphs": ALONE, "glyphs-val": f"{ALONE} --evaluate val",
+                  "glyphs-vit": "--method ce --student vit_nano --views both --epochs 64"},
+                 range(1)),
     "stability": ({f"{name}-{n}-thread": f"{ALONE} {flag}"
                    for name, flag in (("float32", ""), ("bfloat16", "--amp"))
                    for n in (1, 2)}, range(3)),
@@ -158,10 +160,10 @@ GROUPS = {
     "kd-rate": ({"kd-lr0.4": f"--method kd --lr 0.4 {TEACHER.format('glyphs')}"}, range(3)),
     "recipes-twice": (recipes(more="--epochs 18"), range(3)),
     "recipes-vit": (recipes(more="--student vit_nano"), range(1)),
-    # The other way round: the ViT of recipes-vit/1-ce teaches a resnet8.
-    "vit-teacher": ({f"{k}-{method}": f"--method {method} --teacher vit_nano --teacher-checkpoint "
-                     "results/recipes-vit/1-ce/seed0/last.pt"
-                     for k, method in enumerate(("kd", "sld"), 1)}, range(1)),
+    # The other way round.
+    "vit-teacher": ({f"{k}-{method}":
+                     f"--method {method} --teacher vit_nano {TEACHER.format('glyphs-vit')}"
+                     for k, method in enumerate(("kd", "sld"), 1)}, range(3)),
 }
 # Groups of which the teacher's mistakes are counted.
 MISTAKES = ("glyphs", "cifar100")
