@@ -121,9 +121,9 @@ SIZES = {
     "folder": dict(teacher="resnet20", student="resnet8", epochs=60, batch_size=64),
     "imagenet": dict(teacher="resnet34", student="resnet18", epochs=100, batch_size=512),
 }
-# Where a teacher that is trained first with SGD has a recipe of its own: results/tuning-teacher. A
-# transformer takes that of its optimiser; elsewhere a teacher takes the student's epochs.
-TEACHERS = {"glyphs": dict(epochs=12, lr=0.2)}
+# Where a teacher that is trained first has a recipe of its own, by its optimiser: that of sgd is
+# from results/tuning-teacher, adamw's not tuned. Elsewhere a teacher takes the student's epochs.
+TEACHERS = {"glyphs": {"sgd": dict(epochs=12, lr=0.2), "adamw": dict(epochs=64, views="both")}}
 OPTIMIZERS = {
     "sgd": dict(schedule="step", weight_decay=5e-4, warmup=0.0),
     "adamw": dict(schedule="cosine", weight_decay=0.05, lr=1e-3),
@@ -644,10 +644,10 @@ def cached_teacher(s, data):
     pretrained = s.pretrained if s.teacher in TORCHVISION else None
     if pretrained:
         name += "-pretrained"
-    recipe = TEACHERS.get(s.dataset, dict(epochs=s.epochs))
-    if s.dataset in TEACHERS and s.teacher.startswith(TRANSFORMERS):
-        recipe = {}
-    if s.dataset not in TEACHERS:
+    recipe = dict(epochs=s.epochs)
+    if s.dataset in TEACHERS:
+        recipe = TEACHERS[s.dataset]["adamw" if s.teacher.startswith(TRANSFORMERS) else "sgd"]
+    else:
         name += f"-{s.epochs}-epochs"
     folder = Path(f"runs/teacher-{name}-{s.teacher}")
     mine = Settings(data_dir=s.data_dir, device=s.device)

@@ -372,16 +372,16 @@ def test_a_regnet_is_not_given_one_image(command, base):
 
 
 def test_the_cached_teacher_is_of_this_version_of_glyphs(easy_glyphs, command, monkeypatch):
-    monkeypatch.setitem(train.TEACHERS, "glyphs", dict(epochs=1))
+    monkeypatch.setitem(train.TEACHERS["glyphs"], "sgd", dict(epochs=1))
     monkeypatch.setattr(train, "measure", lambda *a: evaluation.measure(*a) | dict(top1=60.0))
     flags = ("--data-dir", easy_glyphs, "--epochs", 1, "--device", "cpu", "--method", "kd")
     assert command(train, *flags)[0] == 0
     assert Path(f"runs/teacher-glyphs-{data.GLYPHS_VERSION}-resnet14/last.pt").exists()
 
 
-@pytest.mark.parametrize("teacher, recipe", [("resnet14", ("sgd", 0.2, 12)),
-                                             ("resnet20", ("sgd", 0.2, 12)),
-                                             ("vit_nano", ("adamw", 0.001, 16))])
+@pytest.mark.parametrize("teacher, recipe", [("resnet14", ("sgd", 0.2, 12, "weak")),
+                                             ("resnet20", ("sgd", 0.2, 12, "weak")),
+                                             ("vit_nano", ("adamw", 0.001, 64, "both"))])
 def test_the_teacher_of_glyphs_is_trained_by_a_recipe_of_its_kind(monkeypatch, teacher, recipe):
     trained = []
     monkeypatch.setattr(train, "run", lambda settings, *a, **k: trained.append(settings))
@@ -390,7 +390,7 @@ def test_the_teacher_of_glyphs_is_trained_by_a_recipe_of_its_kind(monkeypatch, t
     train.cached_teacher(train.resolve(train.Settings(teacher=teacher)), glyphs)
     (mine,) = trained
     mine = train.resolve(mine)
-    assert (mine.student, mine.optimizer, mine.lr, mine.epochs) == (teacher, *recipe)
+    assert (mine.student, mine.optimizer, mine.lr, mine.epochs, mine.views) == (teacher, *recipe)
 
 
 def test_a_folder_linked_at_two_depths_is_read_whole(colors, tmp_path):
