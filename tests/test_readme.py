@@ -106,6 +106,18 @@ def test_what_the_text_says_of_the_recipes_is_what_their_logs_show():
     assert twice["3-sld"] == max(twice.values())
 
 
+def test_what_the_text_says_of_the_vit_that_teaches():
+    text = " ".join(PAGES.split())
+    alone = evaluation.read_rows(ROOT / "results/recipes")["1-ce"]
+    kd, sld = (evaluation.difference(row, alone)
+               for row in evaluation.read_rows(ROOT / "results/vit-teacher").values())
+    for said, (mean, low, high, _) in (("KD brings", kd), ("SLD", sld)):
+        assert f"{said} {mean:+.2f} " in text and f"({low:+.2f} to {high:+.2f})" in text
+        assert low < 0 < high
+    _, rows = evaluation.read_run(ROOT / "results/teachers/glyphs-vit/seed0")
+    assert f"`results/teachers/glyphs-vit`: {rows[-1]['test_top1']:.2f} %" in text
+
+
 def test_the_teacher_is_stable():
     top1 = [value for row in evaluation.read_rows(ROOT / "results/stability").values()
             for value in evaluation.last_top1(row).values()]
