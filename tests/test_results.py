@@ -157,7 +157,7 @@ def test_the_readme_says_of_the_ladder_what_its_logs_show():
 
 
 def test_the_figure_of_the_differences(tmp_path, monkeypatch):
-    """A group without row 5, or cut off, is left out; a mark is filled where Holm's p is below 0.05."""
+    """A group that is cut off, or lacks row 5, is left out; a mark is filled where p < 0.05."""
     monkeypatch.setattr(runner, "ROOT", tmp_path)
     for row, top1 in {"05-kd-both-T1to6": (50, 50, 50), "06-far": (52, 52.1, 51.9),
                       "07-none": (51, 49, 50)}.items():
