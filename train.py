@@ -159,6 +159,10 @@ def options_of(method):
     return {"kd_warmup" if p.name == "warmup" else p.name: p.default for p in keywords}
 
 
+def optimizer_of(network):
+    return "adamw" if network.startswith(TRANSFORMERS) else "sgd"
+
+
 def flag(name):
     return "--" + name.replace("_", "-")
 
@@ -203,9 +207,7 @@ def resolve(s):
     pretrained = given.get("pretrained", dataset == "folder") if theirs else None
     side = 224 if theirs and dataset == "folder" else SIDES[dataset]
 
-    optimizer = given.get("optimizer", "sgd")
-    if networks["student"].startswith(TRANSFORMERS):
-        optimizer = given.get("optimizer", "adamw")
+    optimizer = given.get("optimizer", optimizer_of(networks["student"]))
     tuned = {"glyphs": TUNED, "imagenet": IMAGENET}.get(dataset, {}).get(optimizer, {})
     if pretrained and dataset == "folder" and networks["student"] in TORCHVISION:
         tuned = FINE_TUNING[optimizer]
@@ -646,7 +648,7 @@ def cached_teacher(s, data):
         name += "-pretrained"
     recipe = dict(epochs=s.epochs)
     if s.dataset in TEACHERS:
-        recipe = TEACHERS[s.dataset]["adamw" if s.teacher.startswith(TRANSFORMERS) else "sgd"]
+        recipe = TEACHERS[s.dataset][optimizer_of(s.teacher)]
     else:
         name += f"-{s.epochs}-epochs"
     folder = Path(f"runs/teacher-{name}-{s.teacher}")

@@ -354,8 +354,7 @@ def test_the_teacher_is_trained_first_and_then_cached(colors, command):
 
 def test_a_pretrained_teacher_and_student_on_photographs(colors, command, published, monkeypatch):
     state, name = published("shufflenet_v2_x0_5"), "shufflenet_v2_x0_5"
-    arguments = ("--dataset", "folder", "--data-dir", colors, "--image-size", 16, "--device", "cpu",
-                 "--no-amp")
+    arguments = ("--dataset", "folder", "--data-dir", colors, "--image-size", 16, "--device", "cpu")
     status, out, err = command(train, *arguments, "--method", "ce", "--student", name, "--lr", 1e-9,
                                "--epochs", 1, "--run-dir", "ce")
     assert status == 0, err
