@@ -264,13 +264,16 @@ def minus(own, other):
     return evaluation.interval([own[k] - other[k] for k in own if k in other])
 
 
-def shown(interval, digits):
-    """An `eval.interval` as a table has it: its mean, and its ends where there are any."""
-    mean, low, high, _ = interval
-    if mean is None:
-        return "-"
-    ends = "" if low is None else f" ({low:+.{digits}f} to {high:+.{digits}f})"
-    return f"{mean:+.{digits}f}{ends}"
+def compared(differences, digits):
+    """{name: [mean and ends, Holm's p]} of the `eval.interval`s {name: difference}, as a table has
+    them."""
+    p = evaluation.holm({name: d[3] for name, d in differences.items()})
+    cells = {}
+    for name, (mean, low, high, _) in differences.items():
+        ends = "" if low is None else f" ({low:+.{digits}f} to {high:+.{digits}f})"
+        cells[name] = ["-" if mean is None else f"{mean:+.{digits}f}{ends}",
+                       f"{p[name]:.2g}" if name in p else "-"]
+    return cells
 
 
 def mistakes_table(folder, against):
@@ -281,15 +284,12 @@ def mistakes_table(folder, against):
                                          "p (Holm)" for words in keys.values()) + " |",
              "|---" * 8 + "|"]
     shares = [shares_of(folder, key) for key in keys]
-    differences = [{row: minus(by_row[row], by_row[against]) for row in by_row if row != against}
-                   for by_row in shares]
-    p = [evaluation.holm({row: d[3] for row, d in by_row.items()}) for by_row in differences]
+    others = [compared({row: minus(by_row[row], by_row[against]) for row in by_row
+                        if row != against}, 1) for by_row in shares]
     for row in shares[0]:
         cells = [row, str(len(shares[0][row]))]
-        for by_row, d, corrected in zip(shares, differences, p):
-            cells += [f"{np.mean([*by_row[row].values()]):.1f}",
-                      shown(d[row], 1) if row in d else "-",
-                      f"{corrected[row]:.2g}" if row in corrected else "-"]
+        for by_row, differences in zip(shares, others):
+            cells += [f"{np.mean([*by_row[row].values()]):.1f}", *differences.get(row, "--")]
         lines.append("| " + " | ".join(cells) + " |")
     return "\n".join(lines)
 
@@ -315,16 +315,13 @@ def claims_table(folder):
     claims."""
     rows, made = evaluation.read_rows(folder), shares_of(folder, "made")
     pairs = {claim: pair for claim, pair in CLAIMS.items() if {*pair} <= {*rows}}
-    top1 = {claim: evaluation.difference(rows[a], rows[b]) for claim, (a, b) in pairs.items()}
-    repeats = {claim: minus(made[a], made[b]) for claim, (a, b) in pairs.items()}
+    top1 = compared({claim: evaluation.difference(rows[a], rows[b])
+                     for claim, (a, b) in pairs.items()}, 2)
+    repeats = compared({claim: minus(made[a], made[b]) for claim, (a, b) in pairs.items()}, 1)
     lines = ["| claim | rows | top-1, points (95 % interval) | p (Holm) | the teacher's mistakes "
              "made too, points (95 % interval) | p (Holm) |", "|---" * 6 + "|"]
-    p_top1, p_repeats = (evaluation.holm({claim: d[3] for claim, d in by_claim.items()})
-                         for by_claim in (top1, repeats))
     for claim, pair in pairs.items():
-        cells = [claim, " minus ".join(pair)]
-        for by_claim, p, digits in ((top1, p_top1, 2), (repeats, p_repeats, 1)):
-            cells += [shown(by_claim[claim], digits), f"{p[claim]:.2g}" if claim in p else "-"]
+        cells = [claim, " minus ".join(pair), *top1[claim], *repeats[claim]]
         lines.append("| " + " | ".join(cells) + " |")
     return "\n".join(lines)
 
