@@ -202,18 +202,21 @@ def train_shared():
     train.main()
 
 
+def is_whole(folder):
+    config, rows = evaluation.read_run(folder)
+    return len(rows) == config["epochs"]
+
+
 def make(folder, flags, seed):
     threads = "2" if folder.endswith("2-thread") else "1"
     folder, logs = f"{folder}/seed{seed}", f"{folder}/seed{seed}"
-    if (ROOT / folder / "metrics.jsonl").exists():
-        config, rows = evaluation.read_run(ROOT / folder)
-        if len(rows) == config["epochs"]:
-            # A teacher's weights are needed, of the others the logs are enough.
-            if not folder.startswith("results/teachers/") or (ROOT / folder / "last.pt").exists():
-                print(f"{folder}: is there", flush=True)
-                return 0
-            # Not in git: made again, elsewhere, and put beside their logs.
-            folder = f"runs/{folder.replace('/', '-')}"
+    if (ROOT / folder / "metrics.jsonl").exists() and is_whole(ROOT / folder):
+        # A teacher's weights are needed, of the others the logs are enough.
+        if not folder.startswith("results/teachers/") or (ROOT / folder / "last.pt").exists():
+            print(f"{folder}: is there", flush=True)
+            return 0
+        # Not in git: made again, elsewhere, and put beside their logs.
+        folder = f"runs/{folder.replace('/', '-')}"
     start = ["--device", "cpu", "--no-amp", *flags.split(), "--seed", str(seed)]
     if (ROOT / folder / "config.json").exists():
         start = ["--resume"]
@@ -229,9 +232,9 @@ def make(folder, flags, seed):
 
 
 def count_mistakes(folder):
-    """mistakes.json beside each log below `folder` whose weights are here: `eval.inheritance` on
-    the test images, of each student, also of one alone, and the teacher of the others."""
-    runs = [path.parent for path in sorted(folder.glob("*/*/last.pt"))]
+    """mistakes.json beside each whole log below `folder` whose weights are here: `eval.inheritance`
+    on the test images, of each student, also of one alone, and the teacher of the others."""
+    runs = [path.parent for path in sorted(folder.glob("*/*/last.pt")) if is_whole(path.parent)]
     configs = [evaluation.read_run(run)[0] for run in runs]
     taught = next(config for config in configs if config["teacher_checkpoint"])
     data = train.load(taught["dataset"], ROOT / taught["data_dir"], taught["image_size"],

@@ -3,6 +3,7 @@ changes no digit."""
 import importlib.util
 import json
 import re
+import shutil
 from pathlib import Path
 
 import pytest
@@ -83,7 +84,13 @@ def test_mistakes_are_counted_as_eval_counts_them(short, color_teacher, command,
     monkeypatch.setattr(runner, "ROOT", Path())
     for row, method in (("1-ce", "ce"), ("2-kd", "kd")):
         train.run(short(epochs=1, method=method), f"group/{row}/seed0")
+    # One that was cut off is counted when it is whole.
+    cut = Path("group/2-kd/seed1")
+    shutil.copytree("group/2-kd/seed0", cut)
+    config = json.loads((cut / "config.json").read_text())
+    train.write_json(cut / "config.json", config | dict(epochs=2))
     runner.count_mistakes(Path("group"))
+    assert not (cut / "mistakes.json").exists()
     for row in ("1-ce", "2-kd"):
         report = json.loads(Path(f"group/{row}/seed0/mistakes.json").read_text())
         _, out, _ = command(evaluation, f"group/{row}/seed0/last.pt", "--teacher-checkpoint",
@@ -154,6 +161,15 @@ def test_the_readme_says_of_the_ladder_what_its_logs_show():
     assert f"SLD beats RLD by {top1[sld, '17-rld-both'][0]:.1f} points" in text
     assert {pair for pair, value in p.items() if value < 0.05} == {
         (sld, "08-both-swaps"), (sld, "17-rld-both")}
+
+    photographs = evaluation.read_rows(ROOT / "results/cifar100")
+    assert {len(row) for row in photographs.values()} == {3} and "three on CIFAR-100" in text
+    ours = {row: evaluation.difference(photographs[sld], photographs[row])
+            for row in photographs if row != sld}
+    more_ce = "14-kd-both-T1to6-more-ce"
+    assert (f"On CIFAR-100 SLD lies {ours[kd][0]:.2f} points above row 05 and "
+            f"{ours[more_ce][0]:.2f} above row 14") in text
+    assert min(ours[row][3] for row in (kd, more_ce)) > 0.05 and "neither is shown" in text
 
 
 def test_the_figure_of_the_differences(tmp_path, monkeypatch):
