@@ -236,7 +236,9 @@ def count_mistakes(folder):
     on the test images, of each student, also of one alone, and the teacher of the others."""
     runs = [path.parent for path in sorted(folder.glob("*/*/last.pt")) if is_whole(path.parent)]
     configs = [evaluation.read_run(run)[0] for run in runs]
-    taught = next(config for config in configs if config["teacher_checkpoint"])
+    taught = next((config for config in configs if config["teacher_checkpoint"]), None)
+    if taught is None:
+        return
     data = train.load(taught["dataset"], ROOT / taught["data_dir"], taught["image_size"],
                       train=False)
 

@@ -83,7 +83,10 @@ def test_shared_logits_change_no_digit(short, monkeypatch):
 def test_mistakes_are_counted_as_eval_counts_them(short, color_teacher, command, monkeypatch):
     monkeypatch.setattr(runner, "ROOT", Path())
     for row, method in (("1-ce", "ce"), ("2-kd", "kd")):
+        # Students alone do not say who teaches the others.
+        runner.count_mistakes(Path("group"))
         train.run(short(epochs=1, method=method), f"group/{row}/seed0")
+    assert not Path("group/1-ce/seed0/mistakes.json").exists()
     # One that was cut off is counted when it is whole.
     cut = Path("group/2-kd/seed1")
     shutil.copytree("group/2-kd/seed0", cut)
