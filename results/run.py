@@ -38,7 +38,7 @@ ALONE = "--method ce --student resnet14 --epochs 12 --lr 0.2"
 RECIPES = {"1-ce": "--method ce", "2-kd": f"--method kd {TEACHER}",
            "3-sld": f"--method sld {TEACHER}"}
 GRID = {"ce": (0.2, 0.4, 0.8), "kd": (0.1, 0.2, 0.4, 0.8), "sld": (0.05, 0.1, 0.2)}
-VIT_GRID = dict.fromkeys(("ce", "kd", "sld"), (0.0005, 0.001, 0.002))
+VIT_GRID = dict.fromkeys(("ce", "kd", "sld"), (0.0005, 0.001, 0.002, 0.004, 0.008))
 
 
 def recipes(teacher="glyphs", more=""):
