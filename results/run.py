@@ -150,7 +150,7 @@ GROUPS = {
     # The rate of 0.2 is teachers/glyphs-val.
     "tuning-teacher": ({f"resnet14-lr{lr:g}": f"{ALONE} --evaluate val --lr {lr:g}"
                         for lr in (0.1, 0.4)}, range(1)),
-    "tuning-vit": (grid(VIT_GRID, "--student vit_nano"), range(1)),
+    "tuning-vit": (grid(VIT_GRID, "--student vit_nano"), range(2)),
     "tuning-set-a": (fine_tuning("set-a"), range(1)),
     "tuning-set-b": (fine_tuning("set-b"), range(1)),
     # The best rates again, at twice the epochs.
@@ -166,7 +166,7 @@ GROUPS = {
                      for k, method in enumerate(("kd", "sld"), 1)}, range(3)),
 }
 # Groups of which the teacher's mistakes are counted.
-MISTAKES = ("glyphs", "cifar100")
+MISTAKES = ("glyphs", "glyphs-vit", "cifar100", "cifar100-strong")
 
 
 def shared(teacher, folder):

@@ -135,19 +135,22 @@ def test_the_teachers_errors_are_those_of_the_notebook():
     assert len(shown.splitlines()) == 3
 
 
-def test_the_rates_are_the_best_of_their_grids_and_inside_them():
+@pytest.mark.parametrize("student, groups, methods", [
+    ("resnet8", ("tuning", "tuning-dkd", "tuning-rld"), set(train.METHODS)),
+    ("vit_nano", ("tuning-vit",), {"ce", "kd", "sld"})])
+def test_the_rates_are_the_best_of_their_grids_and_inside_them(student, groups, methods):
     """On validation images: mean of the last epoch over the seeds, for each method."""
-    best, groups = {}, ("tuning", "tuning-dkd", "tuning-rld")
+    best = {}
     rows = [row for group in groups for row in
             evaluation.read_rows(ROOT / "results" / group).values()]
     for row in rows:
         config = next(iter(row.values()))[0]
-        assert config["evaluate"] == "val" and config["student"] == "resnet8"
+        assert config["evaluate"] == "val" and config["student"] == student
         mean = np.mean(list(evaluation.last_top1(row).values()))
         best.setdefault(config["method"], {})[config["lr"]] = mean
-    assert best.keys() == train.losses.OBJECTIVES.keys()
+    assert best.keys() == methods
     for method, by_rate in best.items():
-        rate = train.resolve(train.Settings(method=method)).lr
+        rate = train.resolve(train.Settings(method=method, student=student)).lr
         assert rate == max(by_rate, key=by_rate.get), (method, by_rate)
         assert min(by_rate) < rate < max(by_rate)
 
