@@ -134,7 +134,7 @@ OPTIMIZERS = {
 TUNED = {
     "sgd": dict(lr=dict(ce=0.4, kd=0.2, sld=0.1, dkd=0.05, rld=0.1), schedule="cosine",
                 warmup=None),
-    "adamw": dict(lr=dict.fromkeys(METHODS, 2e-3), epochs=16),
+    "adamw": dict(lr=dict.fromkeys(METHODS, 2e-3) | dict(kd=1e-3), epochs=16),
 }
 # For ImageNet the released code's.
 IMAGENET = {"sgd": dict(lr=0.2, weight_decay=1e-4), "adamw": {}}
