@@ -129,8 +129,7 @@ OPTIMIZERS = {
     "sgd": dict(schedule="step", weight_decay=5e-4, warmup=0.0),
     "adamw": dict(schedule="cosine", weight_decay=0.05, lr=1e-3),
 }
-# For glyphs, on its validation part: results/tuning, -dkd, -rld and, for adamw's ce, kd and sld,
-# -vit.
+# For glyphs, on its validation part: results/tuning, -dkd, -rld, and -vit for adamw (ce, kd, sld).
 TUNED = {
     "sgd": dict(lr=dict(ce=0.4, kd=0.2, sld=0.1, dkd=0.05, rld=0.1), schedule="cosine",
                 warmup=None),
