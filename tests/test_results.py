@@ -179,6 +179,23 @@ def test_the_readme_says_of_the_ladder_what_its_logs_show():
     assert min(d[3] for d in (ours[kd], ours[more_ce], below)) > 0.05
 
 
+def test_what_the_text_says_of_the_vits_ladder():
+    text = " ".join((ROOT / "results/README.md").read_text("utf-8").split())
+    rows = evaluation.read_rows(ROOT / "results/glyphs-vit")
+    made = runner.shares_of(ROOT / "results/glyphs-vit", "made")
+    kd, weak, swaps = "05-kd-both-T1to6", "03-kd-weak", ("06-teacher-swap", "09-sld")
+    gains = [evaluation.difference(rows[row], rows[weak])[0] for row in (kd, "09-sld")]
+    assert "over KD on one view {:.1f} points, SLD {:.1f})".format(*gains) in text
+    differences = [evaluation.difference(rows[row], rows[kd]) for row in swaps]
+    assert max(d[0] for d in differences) < 0 < min(d[2] for d in differences)
+    low, high = min(d[1] for d in differences), max(d[2] for d in differences)
+    assert f"with intervals from {low:+.1f} to {high:+.1f}." in text
+    taught, alone = (sum(made[row].values()) / 5 for row in (kd, "01-ce-weak"))
+    assert f"({taught:.0f} % of the teacher's against {alone:.0f} % alone)" in text
+    p = evaluation.holm({row: runner.minus(made[row], made[kd])[3] for row in rows if row != kd})
+    assert min(p[row] for row in swaps) > 0.05
+
+
 def test_the_figure_of_the_differences(tmp_path, monkeypatch):
     """A group that is cut off, or lacks row 5, is left out; a mark is filled where p < 0.05."""
     monkeypatch.setattr(runner, "ROOT", tmp_path)
