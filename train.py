@@ -131,7 +131,7 @@ OPTIMIZERS = {
 }
 # For glyphs, on its validation part: results/tuning, -dkd, -rld, and -vit for adamw (ce, kd, sld).
 TUNED = {
-    "sgd": dict(lr=dict(ce=0.4, kd=0.2, sld=0.1, dkd=0.05, rld=0.1), schedule="cosine",
+    "sgd": dict(lr=dict(ce=0.4, kd=0.4, sld=0.1, dkd=0.05, rld=0.1), schedule="cosine",
                 warmup=None),
     "adamw": dict(lr=dict.fromkeys(METHODS, 2e-3) | dict(kd=1e-3), epochs=16),
 }

@@ -35,20 +35,15 @@ from train import FINE_TUNING, TUNED  # noqa: E402
 TEACHER = "--teacher-checkpoint results/teachers/{}/seed0/last.pt"
 # The teacher of the default experiment, as train.py trains it by itself.
 ALONE = "--method ce --student resnet14 --epochs 12 --lr 0.2"
-RECIPES = {"1-ce": "--method ce", "2-kd": f"--method kd {TEACHER}",
-           "3-sld": f"--method sld {TEACHER}"}
 GRID = {"ce": (0.2, 0.4, 0.8), "kd": (0.1, 0.2, 0.4, 0.8), "sld": (0.05, 0.1, 0.2)}
 VIT_GRID = dict.fromkeys(("ce", "kd", "sld"), (0.0005, 0.001, 0.002, 0.004, 0.008))
 
 
-def recipes(teacher="glyphs", more=""):
-    return {row: f"{flags.format(teacher)} {more}" for row, flags in RECIPES.items()}
-
-
 def grid(lrs, more=""):
-    by_method = dict(zip(lrs, recipes("glyphs-val", more).values()))
-    return {f"{method}-lr{lr:g}": f"{flags} --lr {lr:g} --evaluate val"
-            for method, flags in by_method.items() for lr in lrs[method]}
+    teacher = TEACHER.format("glyphs-val")
+    return {f"{method}-lr{lr:g}": f"--method {method} {'' if method == 'ce' else teacher} {more} "
+                                  f"--lr {lr:g} --evaluate val"
+            for method in lrs for lr in lrs[method]}
 
 
 # The ladder: one thing changes at a time.
@@ -71,6 +66,7 @@ LADDER = {
     "19-kd-both-T1to6-standardized": f"{SIX} --standardize"}
 
 
+DEFAULTS = ("01-ce-weak", "03-kd-weak", "09-sld")
 VIT_LADDER = ("01-ce-weak", "03-kd-weak", "05-kd-both-T1to6", "06-teacher-swap", "09-sld",
               "14-kd-both-T1to6-more-ce")
 CIFAR_LADDER = (*VIT_LADDER, "16-dkd-both", "17-rld-both")
@@ -146,7 +142,7 @@ GROUPS = {
     "stability": ({f"{name}-{n}-thread": f"{ALONE} {flag}"
                    for name, flag in (("float32", ""), ("bfloat16", "--amp"))
                    for n in (1, 2)}, range(3)),
-    "tuning": (grid(GRID), range(3)),
+    "tuning": (grid(GRID), range(5)),
     # The rate of 0.2 is teachers/glyphs-val.
     "tuning-teacher": ({f"resnet14-lr{lr:g}": f"{ALONE} --evaluate val --lr {lr:g}"
                         for lr in (0.1, 0.4)}, range(1)),
@@ -156,14 +152,10 @@ GROUPS = {
     # The best rates again, at twice the epochs.
     "tuning-set-a-twice": (fine_tuning("set-a", "--epochs 20", BEST), range(1)),
     "tuning-set-b-twice": (fine_tuning("set-b", "--epochs 20", BEST), range(1)),
-    "recipes": (recipes(), range(3)),
-    # On validation images as good as 0.2, within 0.03 points.
-    "kd-rate": ({"kd-lr0.4": f"--method kd --lr 0.4 {TEACHER.format('glyphs')}"}, range(3)),
-    "recipes-twice": (recipes(more="--epochs 18"), range(3)),
+    "glyphs-twice": (ladder(TEACHER.format("glyphs"), DEFAULTS, "--epochs 18"), range(5)),
     # A ViT as the teacher.
-    "vit-teacher": ({f"{k}-{method}":
-                     f"--method {method} --teacher vit_nano {TEACHER.format('glyphs-vit')}"
-                     for k, method in enumerate(("kd", "sld"), 1)}, range(3)),
+    "vit-teacher": (ladder(f"--teacher vit_nano {TEACHER.format('glyphs-vit')}", DEFAULTS[1:]),
+                    range(3)),
 }
 # Groups of which the teacher's mistakes are counted.
 MISTAKES = ("glyphs", "glyphs-vit", "cifar100", "cifar100-strong")
