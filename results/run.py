@@ -66,6 +66,7 @@ LADDER = {
     "19-kd-both-T1to6-standardized": f"{SIX} --standardize"}
 
 
+# As train.py has them by default.
 DEFAULTS = ("01-ce-weak", "03-kd-weak", "09-sld")
 VIT_LADDER = ("01-ce-weak", "03-kd-weak", "05-kd-both-T1to6", "06-teacher-swap", "09-sld",
               "14-kd-both-T1to6-more-ce")
