@@ -76,6 +76,7 @@ RATES = TUNED["sgd"]["lr"]
 # In bfloat16, which is 1.7 times as fast where a processor has it.
 CIFAR = ("--amp --dataset cifar100 --data-dir data/cifar100 --student resnet8 --epochs 15 "
          "--schedule cosine --warmup 1.5")
+CIFAR_TEACHER = "--teacher resnet20 --teacher-checkpoint data/cifar100_resnet20.pth"
 
 
 def family(flags):
@@ -126,8 +127,9 @@ GROUPS = {
     "glyphs-vit": (ladder(TEACHER.format("glyphs"), VIT_LADDER, "--student vit_nano",
                           TUNED["adamw"]["lr"]), range(5)),
     # Public teachers, put there by hand: results/README.md.
-    "cifar100": (ladder("--teacher resnet20 --teacher-checkpoint data/cifar100_resnet20.pth",
-                        CIFAR_LADDER, CIFAR), range(3)),
+    "cifar100": (ladder(CIFAR_TEACHER, CIFAR_LADDER, CIFAR), range(3)),
+    # The rate of KD before the one that glyphs' images chose.
+    "cifar100-kd-rate": ({"kd-lr0.2": f"--method kd --lr 0.2 {CIFAR_TEACHER} {CIFAR}"}, range(3)),
     "cifar100-strong": (ladder("--teacher resnet56 --teacher-checkpoint "
                                "data/cifar100_resnet56.pth",
                                ("05-kd-both-T1to6", "06-teacher-swap", "09-sld"), CIFAR), range(3)),
