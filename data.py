@@ -31,7 +31,7 @@ class Dataset:
     that networks see; held out of the training images where evaluate="val". classes: the C class
     names. mean, std: of RGB in [0, 1]. flip: whether a mirror image keeps its class. area: the
     least share of a photograph that its random crop keeps; None for images that are padded and
-    cropped. digests: of the training files and of the test files; the version of glyphs.
+    cropped. digests: of the training and of the test images; the version of glyphs.
     """
     train: tuple
     test: tuple
@@ -539,16 +539,15 @@ def _load_folder(name, root, image_size, train):
     test_paths, test_labels = folders.scan(test_folder, classes)
 
     side = stored_side(image_size) if name in AREAS else image_size
-    digests = [folders.digest(test_folder, test_paths, side)]
-    train_part = None
+    train_part, digests = None, ()
     if train:
         paths, labels = folders.scan(train_folder, classes)
         if name in AREAS:
             # In a random order, of which hold_out takes the head.
             order = torch.randperm(len(paths), generator=torch.Generator().manual_seed(0))
             paths, labels = [paths[i] for i in order], labels[order]
-        digests.insert(0, folders.digest(train_folder, paths, side))
-        train_part = folders.decoded(train_folder, paths, side, digests[0]), labels
-    test = folders.decoded(test_folder, test_paths, side, digests[-1])
+        images, *digests = folders.decoded(train_folder, paths, side)
+        train_part = images, labels
+    test, digest = folders.decoded(test_folder, test_paths, side)
     return Dataset(train_part, (centre(test, image_size), test_labels), classes, mean, std,
-                   flip=True, area=AREAS.get(name), digests=tuple(digests))
+                   flip=True, area=AREAS.get(name), digests=(*digests, digest))

@@ -1,6 +1,7 @@
 """An image folder as one uint8 array on disk, decoded once and then mapped into memory.
 
-The array is found again by a digest of the files' names, sizes and times.
+The array is found again by the files' names, sizes and times. What tells two sets apart, also on
+another machine, is a digest of names and pixels, at its end.
 """
 import contextlib
 import errno
@@ -19,7 +20,7 @@ from PIL import Image, ImageOps
 from tqdm import tqdm
 
 # Where the arrays are kept. The version changes with what is in them.
-CACHE, VERSION = Path("data"), "v2"
+CACHE, VERSION = Path("data"), "v3"
 
 
 class UserError(ValueError):
@@ -155,26 +156,32 @@ def read_image(path, side):
         raise UserError(f"{path}: not a readable image ({reason}); mend or remove it")
 
 
-def digest(folder, paths, side):
-    """Of the names below `folder`, sizes and times of the files: the same for the same images."""
+def _key(folder, paths, side):
+    """Of the names below `folder`, sizes and times of the files: what is decoded under another key
+    may have changed."""
     hashed = hashlib.sha256(f"{VERSION} {side}".encode())
     for path in paths:
         try:
             about = os.stat(path)
         except OSError as error:
             raise UserError(f"{path}: not a readable image ({error.strerror}); mend or remove it")
-        name = os.fsencode(path.removeprefix(str(folder)))
-        hashed.update(b"%b\0%d %d\0" % (name, about.st_size, about.st_mtime_ns))
+        hashed.update(b"%b\0%d %d\0" % (_name(folder, path), about.st_size, about.st_mtime_ns))
     return hashed.hexdigest()[:12]
 
 
-def decoded(folder, paths, side, digest):
-    """(N, 3, side, side) uint8 of the image files `paths` of `folder`, mapped from a file in CACHE.
+def _name(folder, path):
+    return os.fsencode(path.removeprefix(str(folder)).replace(os.sep, "/"))
+
+
+def decoded(folder, paths, side):
+    """((N, 3, side, side) uint8 of the files `paths` of `folder`, mapped from a file in CACHE,
+    digest of their names and pixels).
 
     Where that is not there, they are decoded into it first. Raises UserError for an image that
     cannot be read, and for a full disk.
     """
-    path = CACHE / f"{folder.resolve().parent.name}-{folder.name}-{side}px-{digest}.npy"
+    key = _key(folder, paths, side)
+    path = CACHE / f"{folder.resolve().parent.name}-{folder.name}-{side}px-{key}.npy"
     shape = len(paths), 3, side, side
     need = f"{math.prod(shape)} bytes ({math.prod(shape) / 2 ** 30:.1f} GiB)"
     try:
@@ -185,10 +192,11 @@ def decoded(folder, paths, side, digest):
                     free = shutil.disk_usage(CACHE).free
                     if free < math.prod(shape):
                         raise OSError(errno.ENOSPC, f"only {free} bytes are free")
-                    _decode(paths, shape, path)
+                    _decode(folder, paths, shape, path)
         # Read-only, since a private writable map would count against the memory; torch warns.
-        with warnings.catch_warnings(action="ignore"):
-            return torch.from_numpy(np.load(path, mmap_mode="r"))
+        with warnings.catch_warnings(action="ignore"), open(path, "rb") as file:
+            file.seek(-hashlib.sha256().digest_size, os.SEEK_END)
+            return torch.from_numpy(np.load(path, mmap_mode="r")), file.read().hex()[:12]
     except OSError as error:
         raise UserError(f"{path}: {error.strerror or error}; the decoded images need {need} there; "
                         "make room, or give a smaller --image-size")
@@ -196,7 +204,9 @@ def decoded(folder, paths, side, digest):
 
 def _whole(path, shape):
     try:
-        return np.load(path, mmap_mode="r").shape == shape
+        array = np.load(path, mmap_mode="r")
+        size = array.offset + array.nbytes + hashlib.sha256().digest_size
+        return array.shape == shape and path.stat().st_size == size
     # Not there, or damaged.
     except (FileNotFoundError, ValueError, EOFError):
         return False
@@ -211,8 +221,8 @@ def alone():
         return locked(CACHE / "decoding.lock", wait=True)
 
 
-def _decode(paths, shape, path):
-    """The images into the file `path`."""
+def _decode(folder, paths, shape, path):
+    """The images into the file `path`, and after them the digest of their names and pixels."""
     # A killed process left them.
     for left_over in CACHE.glob("*px-*.npy.*.tmp"):
         left_over.unlink()
@@ -224,7 +234,12 @@ def _decode(paths, shape, path):
           tqdm(total=len(paths), unit=" images", leave=False, disable=None) as bar):
         header = dict(descr="|u1", fortran_order=False, shape=shape)
         np.lib.format.write_array_header_1_0(file, header)
+        hashed = hashlib.sha256()
         for at in range(0, len(paths), 512):
-            for image in pool.map(lambda path: read_image(path, shape[-1]), paths[at:at + 512]):
+            some = paths[at:at + 512]
+            for name, image in zip(some, pool.map(lambda path: read_image(path, shape[-1]), some)):
                 file.write(image)
+                hashed.update(_name(folder, name) + b"\0")
+                hashed.update(image)
                 bar.update()
+        file.write(hashed.digest())

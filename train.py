@@ -489,8 +489,8 @@ def begin(s, data, device, saved):
     if saved["teacher_digest"] != digest:
         raise UserError("--resume: the run had another teacher; give its --teacher-checkpoint")
     if saved.get("data", data.digests) not in (data.digests, list(data.digests or ())):
-        raise UserError(f"--data-dir {s.data_dir}: not the images of this run (names, sizes or "
-                        "times of files differ); put them back, or start anew")
+        raise UserError(f"--data-dir {s.data_dir}: not the images of this run (names or "
+                        "pixels differ); put them back, or start anew")
     if saved.get("processes", world) != world:
         print(f"note      begun in {saved['processes']} processes, which give other numbers "
               f"than {world}")

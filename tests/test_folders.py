@@ -33,11 +33,13 @@ def test_a_second_start_does_not_decode(colors, monkeypatch, capsys):
     assert first.digests[0] == second.digests[0]
 
 
-@pytest.mark.parametrize("change", ["added", "removed", "other time", "other size", "renamed",
-                                    "none", "another place", "another image size"])
-def test_the_digest_tells_images_apart(colors, tmp_path, change):
+@pytest.mark.parametrize("change", ["added", "removed", "other time", "other size", "other pixels",
+                                    "renamed", "none", "another place", "another image size"])
+def test_the_digest_tells_images_apart(colors, tmp_path, capsys, change):
+    """By their names and pixels. What may have changed is decoded anew."""
     root = shutil.copytree(colors, tmp_path / "copy")
     before, image = data.load("folder", root, 14).digests[0], root / "train/red/7.png"
+    capsys.readouterr()
     if change == "added":
         shutil.copy2(image, root / "train/red/new.png")
     elif change == "removed":
@@ -48,12 +50,16 @@ def test_the_digest_tells_images_apart(colors, tmp_path, change):
         about = image.stat()
         image.write_bytes(image.read_bytes() + b"\0")
         os.utime(image, ns=(about.st_atime_ns, about.st_mtime_ns))
+    elif change == "other pixels":
+        shutil.copy(root / "train/red/8.png", image)
     elif change == "renamed":
         image.rename(root / "train/red/other.png")
     elif change == "another place":
         root = root.rename(tmp_path / "moved")
     after = data.load("folder", root, 15 if change == "another image size" else 14).digests[0]
-    assert (after == before) == (change in ("none", "another place"))
+    same = after == before
+    assert same == (change in ("none", "another place", "other time", "other size"))
+    assert ("decoding" in capsys.readouterr().out) == (change != "none")
 
 
 def test_a_kill_in_mid_decoding_leaves_nothing_that_is_taken_for_whole(colors, tmp_path):
