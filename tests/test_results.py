@@ -180,6 +180,26 @@ def test_the_readme_says_of_the_ladder_what_its_logs_show():
     assert min(d[3] for d in (ours[kd], ours[more_ce], below)) > 0.05
 
 
+def test_what_the_text_says_of_cifar100():
+    text = " ".join((ROOT / "results/README.md").read_text("utf-8").split())
+    rows = evaluation.read_rows(ROOT / "results/cifar100")
+    weak = rows["03-kd-weak"]
+    other = evaluation.read_rows(ROOT / "results/cifar100-kd-rate")["kd-lr0.2"]
+    six, sld = ([evaluation.difference(rows[row], kd)[0] for kd in (weak, other)]
+                for row in ("05-kd-both-T1to6", "09-sld"))
+    assert f"bring KD {six[0]:.1f} points over one view at KD's." in text
+    assert f"with 0.2 it has {evaluation.difference(other, weak)[0]:.1f} points more" in text
+    assert "by {:.1f} points, or {:.1f} at the better".format(*sld) in text
+    assert "without a swap, by {:.1f} or {:.1f}.".format(*six) in text
+    means = [evaluation.interval([*evaluation.last_top1(rows[row]).values()])[0]
+             for row in ("06-teacher-swap", "09-sld", "14-kd-both-T1to6-more-ce")]
+    assert max(means) - min(means) < 0.2 and "within 0.2 points of one another" in text
+    # The same images, of which the teacher misreads the same weak views.
+    for seed, (_, epochs) in weak.items():
+        assert [epoch["swap_teacher_weak"] for epoch in epochs] == [
+            epoch["swap_teacher_weak"] for epoch in other[seed][1]]
+
+
 def test_what_the_text_says_of_the_vits_ladder():
     text = " ".join((ROOT / "results/README.md").read_text("utf-8").split())
     rows = evaluation.read_rows(ROOT / "results/glyphs-vit")
