@@ -185,31 +185,38 @@ def decoded(folder, paths, side):
     shape = len(paths), 3, side, side
     need = f"{math.prod(shape)} bytes ({math.prod(shape) / 2 ** 30:.1f} GiB)"
     try:
-        if not _whole(path, shape):
+        found = _read(path, shape)
+        if not found:
             with alone():
                 # Another process may have been at it.
-                if not _whole(path, shape):
+                found = _read(path, shape)
+                if not found:
                     free = shutil.disk_usage(CACHE).free
                     if free < math.prod(shape):
                         raise OSError(errno.ENOSPC, f"only {free} bytes are free")
                     _decode(folder, paths, shape, path)
-        # Read-only, since a private writable map would count against the memory; torch warns.
-        with warnings.catch_warnings(action="ignore"), open(path, "rb") as file:
-            file.seek(-hashlib.sha256().digest_size, os.SEEK_END)
-            return torch.from_numpy(np.load(path, mmap_mode="r")), file.read().hex()[:12]
+                    found = _read(path, shape)
     except OSError as error:
         raise UserError(f"{path}: {error.strerror or error}; the decoded images need {need} there; "
                         "make room, or give a smaller --image-size")
+    return found
 
 
-def _whole(path, shape):
+def _read(path, shape):
+    """What `decoded` returns, from the file `path`; None where that is not there, or damaged."""
+    size = hashlib.sha256().digest_size
     try:
         array = np.load(path, mmap_mode="r")
-        size = array.offset + array.nbytes + hashlib.sha256().digest_size
-        return array.shape == shape and path.stat().st_size == size
-    # Not there, or damaged.
+        with open(path, "rb") as file:
+            file.seek(array.offset + array.nbytes)
+            digest = file.read(size + 1)
     except (FileNotFoundError, ValueError, EOFError):
-        return False
+        return None
+    if array.shape != shape or len(digest) != size:
+        return None
+    # Read-only, since a private writable map would count against the memory; torch warns.
+    with warnings.catch_warnings(action="ignore"):
+        return torch.from_numpy(array), digest.hex()[:12]
 
 
 def alone():

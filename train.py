@@ -639,7 +639,7 @@ def cached_teacher(s, data):
     if data.area is not None:
         name = f"{Path(s.data_dir).resolve().name}-{s.image_size}px"
     if data.digests:
-        # Two folders may share a name: their files tell them apart.
+        # Two folders may share a name: their images tell them apart.
         name += f"-{data.digests[0]}"
     if s.evaluate == "val":
         # The teacher must not know the images that are measured on either.
