@@ -39,13 +39,6 @@ GRID = {"ce": (0.2, 0.4, 0.8), "kd": (0.1, 0.2, 0.4, 0.8), "sld": (0.05, 0.1, 0.
 VIT_GRID = dict.fromkeys(("ce", "kd", "sld"), (0.0005, 0.001, 0.002, 0.004, 0.008))
 
 
-def grid(lrs, more=""):
-    teacher = TEACHER.format("glyphs-val")
-    return {f"{method}-lr{lr:g}": f"--method {method} {'' if method == 'ce' else teacher} {more} "
-                                  f"--lr {lr:g} --evaluate val"
-            for method in lrs for lr in lrs[method]}
-
-
 # The ladder: one thing changes at a time.
 SIX = "--method kd --views both --temperatures 1 2 3 4 5 6"
 # Chosen on validation images: results/tuning-omega, results/tuning-ce-weight.
@@ -94,6 +87,13 @@ def ladder(teacher, rows=LADDER, more="", rates=RATES):
     return {row: f"{taught(LADDER[row], teacher, rates)} {more}" for row in rows}
 
 
+def grid(lrs, more=""):
+    teacher = TEACHER.format("glyphs-val")
+    return {f"{method}-lr{lr:g}":
+            f"{taught(f'--method {method}', teacher, {method: lr})} {more} --evaluate val"
+            for method in lrs for lr in lrs[method]}
+
+
 def variants(flags, name, values):
     return {f"{name.strip('-')}{v:g}":
             f"{taught(flags, TEACHER.format('glyphs-val'))} {name} {v:g} --evaluate val"
@@ -116,7 +116,7 @@ def fine_tuning(name, more="", best=None):
     common = f"--student shufflenet_v2_x0_5 {PHOTOGRAPHS.format(name)}"
     rates = (0.0003, 0.001, 0.003, 0.01, 0.03, 0.1)
     return {f"{method}-lr{lr:g}":
-            f"--method {method} {'' if method == 'ce' else teacher} {common} --lr {lr:g} {more}"
+            f"{taught(f'--method {method}', teacher, {method: lr})} {common} {more}"
             for method in ("ce", "kd", "sld") for lr in rates
             if (lr == best[method] if best else lr > 0.001 or method == "sld")}
 
