@@ -101,6 +101,8 @@ def test_what_the_text_says_of_twice_the_epochs():
     # Also the order of the rows of the table.
     assert all(sorted(means, key=means.get) == [*twice] for means in top1)
     assert {len(row) for row in twice.values()} == {5}
+    _, low, high, _ = evaluation.difference(twice["03-kd-weak"], twice["01-ce-weak"])
+    assert low < 0 < high and "KD's lead over the student alone is small now and not shown" in PAGES
 
 
 def test_what_the_text_says_of_the_vit_that_teaches():

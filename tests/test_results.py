@@ -165,6 +165,11 @@ def test_the_readme_says_of_the_ladder_what_its_logs_show():
     assert f"SLD beats RLD by {top1[sld, '17-rld-both'][0]:.1f} points" in text
     assert {pair for pair, value in p.items() if value < 0.05} == {
         (sld, "08-both-swaps"), (sld, "17-rld-both")}
+    page = " ".join((ROOT / "results/README.md").read_text("utf-8").split())
+    weak, both = (top1[sld, row][0] for row in ("03-kd-weak", "04-kd-both"))
+    assert f"KD is {weak:.2f} points below it, on both views {-both:.2f} above. Row 04" in page
+    means = {row: sum(evaluation.last_top1(rows[row]).values()) for row in rows}
+    assert max(means, key=means.get) == "04-kd-both"
 
     photographs = evaluation.read_rows(ROOT / "results/cifar100")
     assert {len(row) for row in photographs.values()} == {3} and "three on CIFAR-100" in text

@@ -70,7 +70,7 @@ def test_eval_measures_a_foreign_file_at_the_size_that_is_said(colors, color_tea
 
 
 @pytest.mark.parametrize("change", ["none", "moved", "added", "removed", "changed", "test part",
-                                    "copied"])
+                                    "copied", "another folder"])
 def test_resume_notices_other_images(colors, color_teacher, base, command, tmp_path,
                                      change):
     root = shutil.copytree(colors, tmp_path / "photos")
@@ -88,9 +88,11 @@ def test_resume_notices_other_images(colors, color_teacher, base, command, tmp_p
         Image.new("RGB", (16, 16)).save(image)
     elif change == "test part":
         (root / "val/red/0.png").unlink()
-    elif change == "copied":
+    elif change in ("copied", "another folder"):
         # With times of its own.
         more = "--data-dir", shutil.copytree(colors, tmp_path / "other", copy_function=shutil.copy)
+        if change == "another folder":
+            shutil.copy(more[1] / "train/red/8.png", more[1] / "train/red/7.png")
     result = command(train, "--resume", "--run-dir", "run", *more)
     if change in ("none", "moved", "copied"):
         assert result[0] == 0, result[2]
