@@ -67,7 +67,10 @@ def color_teacher(colors, tmp_path_factory):
     folder = tmp_path_factory.mktemp("runs") / "teacher"
     settings = train.Settings(method="ce", dataset="folder", data_dir=str(colors), image_size=16,
                               student="resnet8", epochs=4, batch_size=16, device="cpu")
-    train.run(settings, str(folder))
+    with pytest.MonkeyPatch.context() as patch:
+        # This comes before a test has its own folder; the images are decoded into one here.
+        patch.chdir(folder.parent)
+        train.run(settings, folder)
     return folder / "last.pt"
 
 
