@@ -205,6 +205,29 @@ def test_what_the_text_says_of_cifar100():
             epoch["swap_teacher_weak"] for epoch in other[seed][1]]
 
 
+def test_what_the_text_says_of_the_teacher_that_is_nearly_always_right():
+    text = " ".join((ROOT / "results/README.md").read_text("utf-8").split())
+    text = text[text.index("### A teacher that is nearly always right"):]
+    rows, small = (evaluation.read_rows(ROOT / "results" / group)
+                   for group in ("cifar100-strong", "cifar100"))
+    kd = "05-kd-both-T1to6"
+    weak, strong = ([epoch[f"swap_teacher_{view}"] for row in rows.values()
+                     for _, epochs in row.values() for epoch in epochs]
+                    for view in ("weak", "strong"))
+    assert f"on {sum(weak) / len(weak):.1f} % of the weak views" in text
+    assert f"on {sum(strong) / len(strong):.0f} % of the strong ones" in text
+    assert {len(row) for row in rows.values()} == {2} and "Two seeds; the third was not run" in text
+    top1 = {row: evaluation.last_top1(rows[row]) for row in rows}
+    assert all(min(d) < 0 < max(d) for d in (
+        [top1[row][seed] - top1[kd][seed] for seed in (0, 1)] for row in rows if row != kd))
+    means = [sum(values.values()) / 2 for values in top1.values()]
+    assert max(means) - min(means) < 0.1 and "within 0.1 points of one another" in text
+    less = evaluation.difference(rows[kd], small[kd])[0]
+    made = runner.shares_of(ROOT / "results/cifar100-strong", "made")[kd]
+    assert f"05 ends {-less:.1f} points below what resnet20 brings it to" in text
+    assert f"repeats {sum(made.values()) / 2:.0f} % of its teacher's mistakes" in text
+
+
 def test_what_the_text_says_of_the_vits_ladder():
     text = " ".join((ROOT / "results/README.md").read_text("utf-8").split())
     rows = evaluation.read_rows(ROOT / "results/glyphs-vit")
