@@ -68,7 +68,7 @@ def color_teacher(colors, tmp_path_factory):
     settings = train.Settings(method="ce", dataset="folder", data_dir=str(colors), image_size=16,
                               student="resnet8", epochs=4, batch_size=16, device="cpu")
     with pytest.MonkeyPatch.context() as patch:
-        # This comes before a test has its own folder; the images are decoded into one here.
+        # Before any test has its own folder: the repository's data/ is left alone.
         patch.chdir(folder.parent)
         train.run(settings, folder)
     return folder / "last.pt"
