@@ -200,9 +200,10 @@ def cutout(images, side, centre):
     S = images.shape[-1]
     start = (centre - side[:, None] / 2).clamp(min=0).floor()                     # (B, 2) of (x, y)
     stop = (start + side[:, None]).clamp(max=S).floor()
-    at = torch.arange(S)
+    start, stop, side = (v.to(images.device) for v in (start, stop, side))
+    at = torch.arange(S, device=images.device)
     x, y = ((at >= start[:, i, None]) & (at <= stop[:, i, None]) for i in (0, 1))        # (B, S)
-    mask = (x[:, None, :] & y[:, :, None] & (side > 0)[:, None, None]).to(images.device)
+    mask = x[:, None, :] & y[:, :, None] & (side > 0)[:, None, None]
     grey = torch.tensor(GREY, dtype=torch.uint8, device=images.device).view(1, 3, 1, 1)
     return torch.where(mask[:, None], grey, images)
 

@@ -129,10 +129,12 @@ def load_model(path, name=None, data=None):
 def predict(model, images, mean, std, batch_size=None):
     """Logits (N, C), float32, of uint8 images (N, 3, S, S). Leaves the network in eval mode."""
     model.eval()
-    batch_size = batch_size or (250 if images.shape[-1] <= 64 else 50)
     device = next(model.parameters()).device
+    # Few images at a time stay in a CPU's cache.
+    few = 10 if device.type == "cuda" else 1
+    batch_size = batch_size or few * (250 if images.shape[-1] <= 64 else 50)
     parts = (normalize(part.to(device), mean, std) for part in images.split(batch_size))
-    logits = [model(x.contiguous(memory_format=torch.channels_last)).float() for x in parts]
+    logits = [model(x.contiguous(memory_format=layout(device))).float() for x in parts]
     return torch.cat(logits).to(images.device)
 
 
@@ -142,7 +144,15 @@ def pick_device(name):
         name = next(kind for kind in ("cuda", "mps", "cpu") if there[kind])
     if not there[name]:
         raise UserError(f"--device {name}: not available here; leave the flag out or give cpu")
+    # Otherwise CUDA rounds float32 convolutions to TF32's 10 bits, and two runs differ.
+    torch.backends.cudnn.allow_tf32, torch.backends.cudnn.deterministic = False, True
     return torch.device(name)
+
+
+def layout(device):
+    """The memory format of images and weights. On MPS batch norm's backward pass in channels_last
+    is wrong, or raises, in many versions of torch (pytorch/pytorch#175189)."""
+    return torch.contiguous_format if device.type == "mps" else torch.channels_last
 
 
 def calibration(logits, labels, bins=15):

@@ -33,9 +33,10 @@ from tqdm import tqdm
 
 import losses
 from data import DATASETS, SIDES, batches, load
-from eval import FREE, load_model, measure, pick_device, plot, predict, read_run
+from eval import FREE, layout, load_model, measure, pick_device, plot, predict, read_run
 from folders import UserError, blaming, locked, replacing
 from models import MODELS, TORCHVISION, check_name, check_size, create_model
+from support.cuda_graph import Recorded
 from swap import misclassified
 
 # --- Settings -------------------------------------------------------------------------------------
@@ -105,6 +106,7 @@ class Settings:
     seed: int = setting("of initial weights, order and views; default 0", int, SEED)
     device: str = setting("default auto", choices=("auto", "cpu", "cuda", "mps"))
     amp: bool = setting("mixed precision; on for CUDA and CPUs with bfloat16 instructions", bool)
+    cuda_graph: bool = setting("CUDA: record each epoch's step as one graph; off", bool)
 
 
 # --- Recipes --------------------------------------------------------------------------------------
@@ -306,77 +308,108 @@ class Learner:
     scaler: torch.amp.GradScaler
 
 
+def take_step(s, epoch, learner, objectives, views, target, rows, share):
+    """Forward, loss and backward of one batch; the optimiser then moves the student.
+
+    views: one or two of (B, 3, S, S); target: (B,); objectives: of each view. rows: how many of the
+    B count, all but under torchrun. share: what the loss is multiplied by before backward.
+    Returns {name: 0-d tensor}: the loss, and sums over the rows of its terms and of the mistakes.
+    Nothing in here waits for a GPU.
+    """
+    # (S6)  L = sum over the views of  a CE + b ( L_TS + 1[epoch > gamma] L_SS ),  in float32.
+    # The student takes the views one by one, weak first, each with its own batch statistics. The
+    # teacher, frozen, takes both at once: in eval mode no row touches another.
+    z_t = [None] * len(views)
+    with learner.autocast:
+        z_s = [learner.parallel(view).float() for view in views]                   # (B, C) each
+        if learner.teacher:
+            z_t = learner.teacher(torch.cat(views)).float().split(len(target))     # (B, C) each
+    terms = {}
+    for objective, student_logits, teacher_logits in zip(objectives, z_s, z_t):
+        for name, term in objective(student_logits, teacher_logits, target, epoch).items():
+            terms[name] = terms.get(name, 0) + term
+    loss = sum(terms.values())
+    learner.optimizer.zero_grad()
+    learner.scaler.scale(loss * share).backward()
+
+    numbers = {"loss": loss.detach()} | {f"loss_{k}": v.detach() * rows for k, v in terms.items()}
+    for who, logits in (("student", z_s), ("teacher", z_t)):
+        for view, z in zip(("weak", "strong"), logits):
+            if z is not None:
+                wrong = misclassified(z.detach(), target)[:rows]
+                numbers[f"swap_{who}_{view}"] = wrong.sum().float()
+    return numbers
+
+
 def train_epoch(s, epoch, learner, data):
     """One pass over the training part. Returns the epoch's numbers as they go into metrics.jsonl:
     {"epoch", "lr", "loss", "loss_<term>", "train_top1", "swap_teacher_<view>", "swap_student", …},
     means over the rows, shares in percent. s: resolved Settings. Raises UserError where the loss is
-    not finite, before the student moves by it.
+    not finite; what the student has moved by it is never saved.
     """
-    student, teacher, scaler = learner.parallel, learner.teacher, learner.scaler
+    student = learner.parallel
     device = next(student.parameters()).device
     objectives = [make_objective(s, view) for view in ("weak", "strong")]
     rank, world = process()
     n, start = len(data.train[1]), time.perf_counter()
-    steps, sums, skipped = math.ceil(n / s.batch_size), {}, 0
+    steps, waiting, sums, names, moves = math.ceil(n / s.batch_size), [], [], [], []
+    # The scaler leaves a step out by not calling the optimiser.
+    hook = learner.optimizer.register_step_post_hook(lambda *_: moves.append(1))
     student.train()
     # For the dropout of some networks, so that a resumed run draws the same.
     torch.manual_seed((1_000_003 * s.seed + epoch) * world + rank)
     # Views for MPS are made on the CPU.
     where = device if device.type == "cuda" else torch.device("cpu")
+
+    def compute(*tensors, rows=None, share=1.0):
+        *views, target = tensors
+        rows = len(target) if rows is None else rows
+        numbers = take_step(s, epoch, learner, objectives, views, target, rows, share)
+        names[:] = numbers
+        return torch.stack([*numbers.values()])
+
+    recorded = Recorded(compute, student.parameters()) if s.cuda_graph else None
     bar = tqdm(batches(data, s.batch_size, s.views, s.seed, epoch, rank, world, where),
                f"epoch {epoch}", steps, leave=False, disable=True if rank else None)
     for step, (views, target) in enumerate(bar):
-        views = [v.to(device, memory_format=torch.channels_last) for v in views]   # (B, 3, S, S)
+        views = [v.to(device, memory_format=layout(device)) for v in views]        # (B, 3, S, S)
         target = target.to(device)                                                 # (B,)
-        # Under torchrun this process has `rows` of the batch's `whole`.
-        whole = min(s.batch_size, n - step * s.batch_size)
-        rows = len(range(rank, whole, world))
         # In the middle of the step, so that a warm-up does not begin with a rate of 0.
         lr = learning_rate(s, epoch - 1 + (step + 0.5) / steps)
         for group in learner.optimizer.param_groups:
             group["lr"] = lr
-
-        # --- The step ---
-        # (S6)  L = sum over the views of  a CE + b ( L_TS + 1[epoch > gamma] L_SS ),  in float32.
-        # The teacher, frozen, takes both views at once: in eval mode no row touches another. The
-        # student takes them one by one, weak first, each with its own batch statistics.
-        with learner.autocast:
-            z_t = [None] * len(views)
-            if teacher:
-                z_t = teacher(torch.cat(views)).float().split(len(target))         # (B, C) each
-            z_s = [student(view).float() for view in views]                        # (B, C) each
-        terms = {}
-        for objective, student_logits, teacher_logits in zip(objectives, z_s, z_t):
-            for name, term in objective(student_logits, teacher_logits, target, epoch).items():
-                terms[name] = terms.get(name, 0) + term
-        loss = sum(terms.values())
-        if not loss.isfinite():
-            raise UserError(f"epoch {epoch}, step {step + 1} of {steps}, lr {lr:g}: the loss is "
-                            f"not finite; {remedy(s)}")
-        learner.optimizer.zero_grad()
-        # The processes' mean of these is the mean over the whole batch.
-        scaler.scale(loss * (rows * world / whole)).backward()
-        scale = scaler.get_scale()
-        scaler.step(learner.optimizer)
-        scaler.update()
-        # float16 only: where a gradient overflowed, the scaler left the step out; its scale fell.
-        skipped += scaler.get_scale() < scale
-        # --- The step ends ---
-
-        counted = {f"loss_{name}": term.detach() * rows for name, term in terms.items()}
-        for who, logits in (("student", z_s), ("teacher", z_t)):
-            for view, z in zip(("weak", "strong"), logits):
-                if z is not None:
-                    wrong = misclassified(z.detach(), target)[:rows]
-                    counted[f"swap_{who}_{view}"] = wrong.sum().float()
-        for name, value in zip(counted, torch.stack([*counted.values()]).tolist()):
-            sums[name] = sums.get(name, 0) + value
+        if world > 1:
+            # This process has `rows` of the batch's `whole`. The processes' mean of the shares is
+            # the mean over the whole batch.
+            whole = min(s.batch_size, n - step * s.batch_size)
+            rows = len(range(rank, whole, world))
+            numbers = compute(*views, target, rows=rows, share=rows * world / whole)
+        else:
+            numbers = (recorded or compute)(*views, target)
+        learner.scaler.step(learner.optimizer)
+        learner.scaler.update()
+        waiting.append(numbers)
+        if len(waiting) == 64 or step + 1 == steps:
+            # Read seldom, since a GPU waits for it.
+            for at, row in enumerate(torch.stack(waiting).tolist(), step + 1 - len(waiting)):
+                if not math.isfinite(row[0]):
+                    lr = learning_rate(s, epoch - 1 + (at + 0.5) / steps)
+                    raise UserError(f"epoch {epoch}, step {at + 1} of {steps}, lr {lr:g}: the loss "
+                                    f"is not finite; {remedy(s)}")
+                sums = [a + b for a, b in zip(sums or [0] * len(row), row)]
+            waiting.clear()
+    hook.remove()
     if world > 1:
-        total = torch.tensor([*sums.values()], dtype=torch.float64, device=device)
+        total = torch.tensor(sums, dtype=torch.float64, device=device)
         dist.all_reduce(total)
-        sums = dict(zip(sums, total.tolist()))
+        sums = total.tolist()
     seconds = time.perf_counter() - start
-    means = {name: value / n for name, value in sums.items()}
+    return summary(epoch, lr, dict(zip(names, sums)), n, steps - len(moves), seconds)
+
+
+def summary(epoch, lr, sums, n, skipped, seconds):
+    """The numbers of an epoch of n images, of the sums of what `take_step` returns."""
+    means = {name: value / n for name, value in sums.items() if name != "loss"}
     # The student's misclassified rows on the weak view and, where there is one, on the strong.
     wrong = [means.pop(k) for k in ("swap_student_weak", "swap_student_strong") if k in means]
     loss_terms = {name: value for name, value in means.items() if name.startswith("loss_")}
@@ -409,6 +442,8 @@ def run(settings, run_dir=None, resume=False):
         # As several_processes chose.
         device = pick_device("cuda" if dist.get_backend() == "nccl" else "cpu")
     s = dataclasses.replace(s, amp=amp_by_default(device) if s.amp is None else s.amp)
+    if s.cuda_graph and (device.type != "cuda" or world > 1):
+        raise UserError("--cuda-graph: needs a CUDA device and a single process; leave it out")
     data = load(s.dataset, s.data_dir, s.image_size, evaluate=s.evaluate)
     if device.type == "cuda" and data.area is None:
         # Photographs may be larger than its memory; they go there batch by batch.
@@ -475,7 +510,7 @@ def begin(s, data, device, saved):
         print(f"student   {s.student} from torchvision's ImageNet weights"
               + (f", with a new last layer for {C} classes" if C != 1000 else ""))
     teacher, digest = get_teacher(s, data, device) if s.teacher else (None, None)
-    student.to(device, memory_format=torch.channels_last)
+    student.to(device, memory_format=layout(device))
     parallel, world = student, process()[1]
     if world > 1:
         # Batch norm's statistics stay each process's own; those of the first are saved. The warning
@@ -618,7 +653,7 @@ def get_teacher(s, data, device):
     published = s.dataset == "imagenet" and s.teacher in TORCHVISION
     path = s.teacher_checkpoint or (s.teacher if published else cached_teacher(s, data))
     teacher, _ = load_model(path, s.teacher, data)
-    teacher.requires_grad_(False).to(device, memory_format=torch.channels_last)
+    teacher.requires_grad_(False).to(device, memory_format=layout(device))
     top1 = measure(predict(teacher, data.test[0], data.mean, data.std), data.test[1])["top1"]
     C = len(data.classes)
     # Twice chance means nothing for 2 classes.
@@ -686,15 +721,16 @@ def process():
 
 
 def amp_by_default(device):
-    """CUDA has fast float16; of CPUs only those with bfloat16 instructions gain."""
+    """Any GPU gains; of CPUs only those with bfloat16 instructions."""
     has_bf16 = getattr(torch.cpu, "_is_avx512_bf16_supported", lambda: False)
     return device.type == "cuda" or device.type == "cpu" and has_bf16()
 
 
 def mixed_precision(device, on):
-    """(autocast, GradScaler): float16 on CUDA, whose small gradients the scaler keeps from
-    underflow; bfloat16, which needs no scaler, elsewhere."""
-    dtype = torch.float16 if device.type == "cuda" else torch.bfloat16
+    """(autocast, GradScaler): bfloat16, which needs no scaler; on a GPU without it float16, whose
+    small gradients the scaler keeps from underflow."""
+    older = device.type == "cuda" and not torch.cuda.is_bf16_supported(including_emulation=False)
+    dtype = torch.float16 if older else torch.bfloat16
     scaler = torch.amp.GradScaler(device.type, enabled=on and dtype == torch.float16)
     return torch.autocast(device.type, dtype, enabled=on), scaler
 
@@ -841,7 +877,8 @@ def several_processes(device):
             raise UserError(f"--nproc-per-node: there are {torch.cuda.device_count()} GPUs here; "
                             "start as many processes, or give --device cpu")
         torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
-    dist.init_process_group("nccl" if gpu else "gloo")
+    dist.init_process_group("nccl" if gpu else "gloo", device_id=(
+        torch.device("cuda", torch.cuda.current_device()) if gpu else None))
     try:
         quiet = io.StringIO() if dist.get_rank() else sys.stdout
         with contextlib.redirect_stdout(quiet):

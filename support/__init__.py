@@ -1,0 +1,1 @@
+"""What the paper does not speak of: the machinery around an experiment."""
