@@ -121,6 +121,11 @@ def fine_tuning(name, more="", best=None):
             if (lr == best[method] if best else lr > 0.001 or method == "sld")}
 
 
+PUBLISHED_TEACHER = "--teacher resnet56 --teacher-checkpoint data/cifar100_resnet56.pth"
+PUBLISHED = {"ce": "--method ce", "kd": "--method kd", "sld": "--method sld",
+             "sld-without-swaps": f"{SIX} --lr 0.025"}
+
+
 # group: (its rows, each with flags of train.py; the seeds)
 GROUPS = {
     "glyphs": (ladder(TEACHER.format("glyphs")), range(5)),
@@ -156,6 +161,10 @@ GROUPS = {
     "tuning-set-a-twice": (fine_tuning("set-a", "--epochs 20", BEST), range(1)),
     "tuning-set-b-twice": (fine_tuning("set-b", "--epochs 20", BEST), range(1)),
     "glyphs-twice": (ladder(TEACHER.format("glyphs"), DEFAULTS, "--epochs 18"), range(5)),
+    # The published recipe as it stands, 240 epochs, in bfloat16.
+    "published": ({row: f"--amp --dataset cifar100 --data-dir data/cifar100 --student resnet20 "
+                        f"{flags} {PUBLISHED_TEACHER * (row != 'ce')}"
+                   for row, flags in PUBLISHED.items()}, range(1)),
     # A ViT as the teacher.
     "vit-teacher": (ladder(f"--teacher vit_nano {TEACHER.format('glyphs-vit')}", DEFAULTS[1:]),
                     range(3)),

@@ -1,7 +1,8 @@
 """Speed, as ratios against the field's usual pipeline:  python tests/benchmark.py [--json FILE]
 
-That pipeline is written out plainly here: Pillow transforms in two DataLoader workers, float32, a
-teacher pass for each view, one KL call for each temperature, view and teacher, a host sync a step.
+That pipeline is written out plainly here: Pillow transforms in DataLoader workers, one a core and
+at most eight, float32, a teacher pass for each view, one KL call for each temperature, view and
+teacher, a host sync a step.
 The other side is train.py's own train_epoch. Both sides of a ratio are timed in turn in one
 process; figures are medians; a warm-up is left out. Let nothing else run.
 """
@@ -10,6 +11,7 @@ import contextlib
 import dataclasses
 import io
 import json
+import os
 import statistics
 import subprocess
 import sys
@@ -38,6 +40,7 @@ from swap import swap
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 TEMPERATURES = (1, 2, 3, 4, 5, 6)
 MEAN, STD = data.CIFAR["cifar100"][1:]
+WORKERS = min(8, os.cpu_count() or 1)
 PAIRS = (("resnet20", "resnet8"), ("resnet56", "resnet20"))
 
 
@@ -337,7 +340,8 @@ def step_table():
 
 def epoch_table():
     rows, images, few = [], random_data(64 * 40), random_data(64 * 28)
-    loader = DataLoader(PillowViews([t.cpu() for t in few.train]), 64, shuffle=True, num_workers=2)
+    loader = DataLoader(PillowViews([t.cpu() for t in few.train]), 64, shuffle=True,
+                        num_workers=WORKERS)
     for pair in PAIRS:
         ours = Ours(pair, images, method="sld")
         teacher, student = (models.create_model(name, 100).to(DEVICE) for name in pair)

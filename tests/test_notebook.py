@@ -52,6 +52,7 @@ def small(tmp_path, monkeypatch):
     for path in ROOT.glob("*.py"):
         shutil.copy(path, tmp_path)
     shutil.copytree(ROOT / "results", tmp_path / "results")
+    shutil.copytree(ROOT / "support", tmp_path / "support")
     for name, value in dict(ROTATION=0, JITTER=0.05, DISTRACTORS=0, ZOOM=(1.1, 1.2),
                             CONTRAST=(1, 1), NOISE=(0, 0.02)).items():
         monkeypatch.setattr(data, name, value)
