@@ -8,6 +8,7 @@ results/GROUP/<row>/seed<k>, is that of train.py, which can go on with it on any
 Stops at the end of an epoch once the minutes are over; the same command goes on.
 """
 import argparse
+import functools
 import sys
 import time
 from concurrent.futures import ThreadPoolExecutor
@@ -137,7 +138,7 @@ def train_together(runs, data, device, minutes, record=True):
             run.learner.student.train()
         if known != [constants(run, epoch) for run in runs]:
             known = [constants(run, epoch) for run in runs]
-            step_of = (lambda *tensors, epoch=epoch: compute(epoch, *tensors))
+            step_of = functools.partial(compute, epoch)
             if device.type == "cuda" and record:
                 step_of = Recorded(step_of, parameters)
         source = batches(data, s.batch_size, "both", s.seed, epoch, device=device)
