@@ -1,14 +1,15 @@
 """Several runs of one seed beside each other on one GPU:
     python results/together.py GROUP [--rows ROW …] [--seed 0] [--minutes 9]
 
-They share their data, their order, their views and their teacher, so both are made once, and one
-CUDA graph holds a step of all of them, each on a stream of its own. Each run's folder,
-results/GROUP/<row>/seed<k>, is that of train.py, which can go on with it on any machine:
+They share their order, their views and their teacher, so these are made once, and one CUDA graph
+holds a step of all of them, each on a stream of its own. For the schedule "step" only. Each run's
+folder, results/GROUP/<row>/seed<k>, is that of train.py, which goes on with it on any machine:
     python train.py --resume --run-dir results/GROUP/ROW/seed0 --device cpu
 Stops at the end of an epoch once the minutes are over; the same command goes on.
 """
 import argparse
 import functools
+import itertools
 import sys
 import time
 from concurrent.futures import ThreadPoolExecutor
@@ -28,7 +29,7 @@ from support.cuda_graph import Recorded  # noqa: E402
 from train import Settings  # noqa: E402
 
 # A run is saved after each of so many epochs, and at its end.
-SAVE_EVERY = 5
+SAVE_EVERY = 10
 
 
 def flags_to_settings(flags):
@@ -59,119 +60,126 @@ class Run:
         self.teacher, self.names = self.learner.teacher, []
 
 
-def together(runs, teacher, device):
-    """compute(weak, strong, target, epoch): take_step of every run, and the numbers of all in one
-    tensor. On a GPU the teacher and each run have a stream of their own."""
-    cuda = device.type == "cuda"
-    streams = [torch.cuda.Stream() if cuda else None for _ in range(1 + len(runs))]
-    here = torch.cuda.current_stream if cuda else lambda: None
+def together(runs, device):
+    """compute(epoch, target, views, teacher's logits): a whole step of every run, and the numbers
+    of all in one tensor. On a GPU each run has a stream of its own."""
+    cuda, streams = device.type == "cuda", [None] * len(runs)
+    if cuda:
+        # Before the teacher, which works ahead.
+        streams = [torch.cuda.Stream(priority=-1) for _ in runs]
 
-    def compute(epoch, weak, strong, target):
-        start, both = here(), [weak, strong]
-        if cuda:
-            for stream in streams:
-                stream.wait_stream(start)
-        with torch.cuda.stream(streams[0]), runs[0].learner.autocast:
-            z_t = teacher(torch.cat(both)).float()
-
-        def ready(images):
-            """What the teacher says of `images`, the weak views or both: it stands there by now."""
+    def compute(epoch, target, *tensors):
+        views, z_t = tensors[:len(tensors) // 2], tensors[len(tensors) // 2:]
+        start, found = torch.cuda.current_stream() if cuda else None, []
+        for run, stream in zip(runs, streams):
+            mine = views if run.s.views == "both" else views[:1]
+            z_mine = torch.cat(z_t[:len(mine)])
+            run.learner.teacher = (lambda _, z_mine=z_mine: z_mine) if run.teacher else None
             if cuda:
-                here().wait_stream(streams[0])
-            return z_t[:len(images)]
-
-        found = []
-        for run, stream in zip(runs, streams[1:]):
-            run.learner.teacher = ready if run.teacher else None
-            views = both if run.s.views == "both" else both[:1]
+                stream.wait_stream(start)
             with torch.cuda.stream(stream):
-                numbers = train.take_step(run.s, epoch, run.learner, run.objectives, views, target,
+                numbers = train.take_step(run.s, epoch, run.learner, run.objectives, mine, target,
                                           len(target), 1.0)
+                run.learner.optimizer.step()
                 found.append(torch.stack([*numbers.values()]))
             run.names = list(numbers)
-        if cuda:
-            for stream in streams:
+        for stream in streams:
+            if cuda:
                 start.wait_stream(stream)
         return torch.cat(found)
     return compute
 
 
-def ahead(batches):
-    """The same batches, of which the next are made while the current one is worked on."""
-    stream = torch.cuda.Stream() if torch.cuda.is_available() else None
+def ahead(found, teacher, autocast, device):
+    """Of the batches `found`: (labels, views, the teacher's logits of each view). The next ones
+    are made, and the teacher is asked about many of them at once, while the last are worked on."""
+    cuda = device.type == "cuda"
+    stream = torch.cuda.Stream() if cuda else None
 
+    @torch.no_grad()
     def following():
-        with torch.cuda.stream(stream):
-            item = next(batches, None)
-            return item, stream.record_event() if stream else None
+        some, made = list(itertools.islice(found, 16)), []
+        if some:
+            with torch.cuda.stream(stream), autocast:
+                sizes = [len(target) for _, target in some]
+                z_t = [teacher(torch.cat(view).contiguous(memory_format=layout(device))).float()
+                       .split(sizes) for view in zip(*(views for views, _ in some))]
+                made = [(target, *[v.contiguous(memory_format=layout(device)) for v in views], *z)
+                        for (views, target), *z in zip(some, *z_t)]
+        return made, stream.record_event() if cuda else None
+
     with ThreadPoolExecutor(1) as pool:
-        waiting = [pool.submit(following) for _ in range(160)]
+        # More than the batches that data.py makes at once.
+        waiting = [pool.submit(following) for _ in range(10)]
         while True:
-            item, made = waiting.pop(0).result()
-            if item is None:
+            made, event = waiting.pop(0).result()
+            if not made:
                 return
-            if made:
-                torch.cuda.current_stream().wait_event(made)
-                for tensor in (*item[0], item[1]):
-                    tensor.record_stream(torch.cuda.current_stream())
             waiting.append(pool.submit(following))
-            yield item
+            if cuda:
+                torch.cuda.current_stream().wait_event(event)
+            for tensors in made:
+                for tensor in tensors if cuda else ():
+                    tensor.record_stream(torch.cuda.current_stream())
+                yield tensors
 
 
 def constants(run, epoch):
     """What a recording of this run's step would hold fast besides its settings."""
     s = run.s
-    return s.gamma is not None and epoch > s.gamma, s.kd_warmup and min(epoch / s.kd_warmup, 1)
+    return (s.gamma is not None and epoch > s.gamma, s.kd_warmup and min(epoch / s.kd_warmup, 1),
+            train.learning_rate(s, epoch - 0.5))
 
 
-def train_together(runs, data, device, minutes, record=True):
-    """Epoch by epoch, as train.run does, until all are done or the minutes are over."""
-    begun = time.perf_counter()
-    s, images, n = runs[0].s, data.test[0], len(data.train[1])
+def train_together(runs, data, device, seconds_left, record=True):
+    """Epoch by epoch, as train.run does, until all are done or the time is over."""
+    begun, s = time.perf_counter(), runs[0].s
+    (images, labels), n = data.test, len(data.train[1])
     teacher = next(run.teacher for run in runs if run.teacher)
-    compute, steps = together(runs, teacher, device), -(-n // s.batch_size)
-    parameters = [p for run in runs for p in run.learner.student.parameters()]
+    # Of its own, since it belongs to the thread that works ahead.
+    autocast, _ = train.mixed_precision(device, s.amp)
+    both = "both" if any(run.s.views == "both" for run in runs) else "weak"
+    compute = together(runs, device)
+    epochs, steps = range(len(runs[0].history) + 1, s.epochs + 1), -(-n // s.batch_size)
+    feed = ahead(itertools.chain.from_iterable(
+        batches(data, s.batch_size, both, s.seed, epoch, device=device) for epoch in epochs),
+        teacher, autocast, device)
     known, step_of, longest = None, None, 0
-    for epoch in range(len(runs[0].history) + 1, s.epochs + 1):
+    for epoch in epochs:
         start, log = time.perf_counter(), []
         for run in runs:
             run.learner.student.train()
+            for group in run.learner.optimizer.param_groups:
+                # With the schedule "step" and no warm-up it is the same all the epoch.
+                group["lr"] = train.learning_rate(run.s, epoch - 0.5)
         if known != [constants(run, epoch) for run in runs]:
             known = [constants(run, epoch) for run in runs]
             step_of = functools.partial(compute, epoch)
             if device.type == "cuda" and record:
-                step_of = Recorded(step_of, parameters)
-        source = batches(data, s.batch_size, "both", s.seed, epoch, device=device)
-        for step, (views, target) in enumerate(ahead(source)):
-            views = [v.to(device, memory_format=layout(device)) for v in views]
-            log.append(step_of(*views, target))
-            for run in runs:
-                lr = train.learning_rate(run.s, epoch - 1 + (step + 0.5) / steps)
-                for group in run.learner.optimizer.param_groups:
-                    group["lr"] = lr
-                run.learner.scaler.step(run.learner.optimizer)
-                run.learner.scaler.update()
+                step_of = Recorded(step_of)
+        for tensors in itertools.islice(feed, steps):
+            log.append(step_of(*tensors))
         numbers = torch.stack(log).double().cpu()
         if not numbers.isfinite().all():
             raise UserError(f"epoch {epoch}: a loss is not finite")
         sums, seconds, at = numbers.sum(0).tolist(), time.perf_counter() - start, 0
-        over = time.perf_counter() - begun + longest > 60 * minutes or epoch == s.epochs
+        over = time.perf_counter() - begun + longest > seconds_left or epoch == s.epochs
         for run in runs:
             mine = dict(zip(run.names, sums[at:]))
             at += len(run.names)
             row = train.summary(epoch, run.learner.optimizer.param_groups[0]["lr"], mine, n, 0,
                                 seconds)
-            measured = measure(predict(run.learner.student, images, data.mean, data.std),
-                               data.test[1])
+            measured = measure(predict(run.learner.student, images, data.mean, data.std), labels)
             row |= {f"{s.evaluate}_{k}": measured[k] for k in ("top1", "top5", "nll")}
             row["best_top1"] = max([r["best_top1"] for r in run.history] + [measured["top1"]])
             run.history.append(row)
             if over or epoch % SAVE_EVERY == 0:
+                run.learner.teacher = run.teacher
                 train.save(run.folder, run.s, data, run.learner, run.history)
                 train.write_metrics(run.folder, run.history)
         print(f"{epoch:5d} {time.perf_counter() - start:6.2f} s ({seconds:.2f} in steps)  "
-              + "  ".join(f"{run.s.method} {run.history[-1]['test_top1']:.2f}" for run in runs),
-              flush=True)
+              + "  ".join(f"{run.s.method} {row['test_top1']:.2f}" for run in runs
+                          for row in run.history[-1:]), flush=True)
         longest = max(longest, time.perf_counter() - start)
         if over:
             return
@@ -185,7 +193,7 @@ def main():
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--minutes", type=float, default=1e9)
     parser.add_argument("--device", default="auto")
-    args = parser.parse_args()
+    args, begun = parser.parse_args(), time.perf_counter()
     rows = GROUPS[args.group][0]
     device = pick_device(args.device)
     wanted = {row: flags_to_settings(f"{flags} --seed {args.seed} --device {device.type}")
@@ -197,9 +205,11 @@ def main():
     runs = [Run(settings, ROOT / "results" / args.group / row / f"seed{args.seed}", data, device)
             for row, settings in wanted.items()]
     alike = ("dataset", "batch_size", "epochs", "seed", "amp", "evaluate")
+    if any(run.s.schedule != "step" or run.s.warmup for run in runs):
+        parser.error("the learning rate must be constant within an epoch: --schedule step")
     if len({tuple(getattr(run.s, k) for k in alike) + (len(run.history),) for run in runs}) > 1:
         parser.error("these rows are not at the same epoch, or differ in data, length or precision")
-    train_together(runs, data, device, args.minutes)
+    train_together(runs, data, device, 60 * args.minutes - (time.perf_counter() - begun))
 
 
 if __name__ == "__main__":

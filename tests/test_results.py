@@ -272,15 +272,16 @@ def test_runs_beside_each_other_are_the_runs_alone(short, monkeypatch):
     import together
     monkeypatch.setattr(together, "SAVE_EVERY", 1)
     device = pick_device("cpu")
-    settings = {method: short(method=method, amp=False, gamma=2 if method == "sld" else None)
+    settings = {method: short(method=method, amp=False, schedule="step", warmup=0.0, lr=0.005,
+                              gamma=2 if method == "sld" else None)
                 for method in ("ce", "kd", "sld")}
     s = train.resolve(settings["sld"])
     loaded = train.load(s.dataset, s.data_dir, s.image_size)
     runs = [together.Run(each, Path(method), loaded, device) for method, each in settings.items()]
-    together.train_together(runs, loaded, device, minutes=0)
+    together.train_together(runs, loaded, device, 0)
     assert [len(run.history) for run in runs] == [1, 1, 1]
     runs = [together.Run(each, Path(method), loaded, device) for method, each in settings.items()]
-    together.train_together(runs[1:], loaded, device, minutes=9)
+    together.train_together(runs[1:], loaded, device, 900)
     train.run(train.Settings(), "ce", resume=True)
     for method, each in settings.items():
         alone = train.run(each, f"{method}-alone")
