@@ -226,7 +226,7 @@ def read_run(folder):
 
 
 # Settings that may change when a run is resumed, since they fix no number.
-FREE = ("data_dir", "device", "teacher_checkpoint")
+FREE = ("data_dir", "device", "teacher_checkpoint", "cuda_graph")
 # What may differ within a row of a table.
 PER_SEED = {"seed", "amp", *FREE}
 # What every run in a table must share; ce has no teacher.

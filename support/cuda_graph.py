@@ -9,12 +9,12 @@ class Recorded:
 
     compute: forward, loss and backward of a step, from zero_grad on. Nothing in it may wait for the
     GPU. Whatever is not one of `tensors` is a constant of the recording: make a new one when such a
-    number changes. parameters: those whose .grad an optimiser outside of `compute` reads.
+    number changes. parameters: those whose .grad the optimiser, which stays outside, reads.
     The first three calls run plainly, in which cuDNN makes its choices, and so does every call
     whose shapes are not those of the recording, like an epoch's tail.
     """
 
-    def __init__(self, compute, parameters=()):
+    def __init__(self, compute, parameters):
         self.compute, self.parameters = compute, list(parameters)
         self.calls, self.graph, self.side = 0, None, torch.cuda.Stream()
 

@@ -11,7 +11,6 @@ from test_eval import write_run
 
 import eval as evaluation
 import train
-from eval import pick_device
 
 ROOT = Path(__file__).parent.parent
 SPEC = importlib.util.spec_from_file_location("results_run", ROOT / "results/run.py")
@@ -264,29 +263,3 @@ def test_the_figure_of_the_differences(tmp_path, monkeypatch):
     assert faces == [evaluation.BLUE, "white"]
     middles = [line.get_xdata()[0] for line in ax.lines if line.get_marker() == "o"]
     assert middles == pytest.approx([2, 0])
-
-
-def test_runs_beside_each_other_are_the_runs_alone(short, monkeypatch):
-    """On a CPU, without a graph; one of them is cut off and goes on by train.py alone."""
-    monkeypatch.syspath_prepend(ROOT / "results")
-    import together
-    monkeypatch.setattr(together, "SAVE_EVERY", 1)
-    device = pick_device("cpu")
-    settings = {method: short(method=method, amp=False, schedule="step", warmup=0.0, lr=0.005,
-                              gamma=2 if method == "sld" else None)
-                for method in ("ce", "kd", "sld")}
-    s = train.resolve(settings["sld"])
-    loaded = train.load(s.dataset, s.data_dir, s.image_size)
-    runs = [together.Run(each, Path(method), loaded, device) for method, each in settings.items()]
-    together.train_together(runs, loaded, device, 0)
-    assert [len(run.history) for run in runs] == [1, 1, 1]
-    runs = [together.Run(each, Path(method), loaded, device) for method, each in settings.items()]
-    together.train_together(runs[1:], loaded, device, 900)
-    train.run(train.Settings(), "ce", resume=True)
-    for method, each in settings.items():
-        alone = train.run(each, f"{method}-alone")
-        _, beside = evaluation.read_run(Path(method))
-        assert len(beside) == len(alone) == 4
-        for a, b in zip(alone, beside):
-            for key in a.keys() - {"seconds", "images_per_second"}:
-                assert b[key] == pytest.approx(a[key], rel=1e-5), key
