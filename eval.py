@@ -24,8 +24,9 @@ from matplotlib.lines import Line2D
 from torchvision.transforms.v2 import functional as F_vision
 
 from data import DATASETS, PHOTOGRAPHS, load, normalize
-from models import MODELS, TORCHVISION, check_name, check_size, create_model
+from models import MODELS, check_name, check_size, create_model
 from support.errors import UserError, as_user_error
+from support.networks import TORCHVISION
 from support.photographs import centre, read_image, stored_side
 
 

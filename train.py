@@ -34,10 +34,11 @@ from tqdm import tqdm
 import losses
 from data import DATASETS, batches, load
 from eval import FREE, layout, load_model, measure, pick_device, plot, predict, read_run
-from models import MODELS, TORCHVISION, check_name, check_size, create_model
+from models import MODELS, check_name, check_size, create_model
 from support.cuda_graph import Recorded
 from support.errors import UserError, as_user_error
 from support.files import atomic_write, locked
+from support.networks import TORCHVISION
 from swap import misclassified
 
 # --- Settings -------------------------------------------------------------------------------------
