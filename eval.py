@@ -23,9 +23,11 @@ from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 from torchvision.transforms.v2 import functional as F_vision
 
-from data import AREAS, DATASETS, centre, load, normalize, stored_side
-from folders import UserError, blaming, read_image
-from models import MODELS, TORCHVISION, check_name, check_size, create_model
+from data import DATASETS, PHOTOGRAPHS, load, normalize
+from models import MODELS, check_name, check_size, create_model
+from support.errors import UserError, as_user_error
+from support.networks import TORCHVISION
+from support.photographs import centre, read_image, stored_side
 
 
 def read_checkpoint(path):
@@ -36,7 +38,7 @@ def read_checkpoint(path):
     if not path.is_file() and str(path) in TORCHVISION:
         preset = torchvision.models.get_model_weights(str(path)).DEFAULT.transforms()
         size = preset.crop_size[0]
-        with blaming(""):
+        with as_user_error(""):
             model = create_model(str(path), 1000, size, pretrained=True)
         return dict(architecture=str(path), image_size=size, dataset="imagenet",
                     mean=tuple(preset.mean), std=tuple(preset.std), model=model.state_dict())
@@ -80,7 +82,7 @@ def load_model(path, name=None, data=None):
     if name is None:
         raise UserError(f"{path}: does not say which network it is; name it with --model")
     size = checkpoint.get("image_size", 224 if name in TORCHVISION else 32)
-    with blaming(f"{path}: "):
+    with as_user_error(f"{path}: "):
         # The last parameter is the classifier's: C numbers, or C rows.
         *_, last = create_model(name, 2, size).state_dict()
         head = state.get(last)
@@ -105,13 +107,13 @@ def load_model(path, name=None, data=None):
             raise UserError(f"{path}: was trained on other classes than the data's "
                             f"{data.classes[:3]}…")
         side = data.test[0].shape[-1]
-        with blaming(f"{path}: a {name} for {size} px, the images have {side}; give another "
+        with as_user_error(f"{path}: a {name} for {size} px, the images have {side}; give another "
                      "checkpoint or --image-size; "):
             # A file of train.py was trained at one size; a published network is used at many.
             if "classes" in checkpoint and size != side:
                 raise ValueError("it was trained at no other")
             check_size(name, side, made_for=size)
-        with blaming(f"{path}: mean and std: "):
+        with as_user_error(f"{path}: mean and std: "):
             ours = torch.tensor([data.mean, data.std], dtype=torch.float64)
             own = torch.tensor([checkpoint.get("mean", data.mean), checkpoint.get("std", data.std)],
                                dtype=torch.float64)
@@ -437,7 +439,7 @@ def evaluate(args):
     if dataset is None:
         raise UserError(f"{args.checkpoint}: does not say which data it was trained on; give "
                         "--dataset and --data-dir")
-    size = 224 if args.model in TORCHVISION and dataset in AREAS else None
+    size = 224 if args.model in TORCHVISION and dataset in PHOTOGRAPHS else None
     data = load(dataset, args.data_dir or checkpoint.get("data_dir", "data"),
                 args.image_size or checkpoint.get("image_size", size), train=False)
     images, labels = data.test
@@ -462,7 +464,7 @@ def classify(args):
     names = (torchvision.models.ResNet18_Weights.DEFAULT.meta["categories"]
              if checkpoint["dataset"] == "imagenet" else checkpoint["classes"])
     size = checkpoint["image_size"]
-    side = stored_side(size) if checkpoint["dataset"] in AREAS else size
+    side = stored_side(size) if checkpoint["dataset"] in PHOTOGRAPHS else size
     images = torch.stack([torch.from_numpy(read_image(path, side)) for path in args.predict])
     logits = predict(model.to(device), centre(images, size), checkpoint["mean"], checkpoint["std"])
     values, top = logits.softmax(1).topk(min(5, len(names)))
@@ -509,7 +511,7 @@ def main():
         if args.image_size is not None and not 1 <= args.image_size <= 10 ** 6:
             raise UserError(f"--image-size {args.image_size}: must be from 1 to a million")
         for given, name in (("--model", args.model), ("--teacher", args.teacher)):
-            with blaming(f"{given} "):
+            with as_user_error(f"{given} "):
                 check_name(name or "resnet8")
         if args.table:
             print(table(args.table, args.against))

@@ -1,27 +1,16 @@
 """The networks: CIFAR ResNets, a plain ViT, and torchvision's classifiers by their own names.
-`create_model(name, num_classes, image_size)`.
 
-forward takes normalised images (B, 3, H, W) and returns logits (B, num_classes), nothing else.
-The table of names stands at the bottom.
+forward takes normalised images (B, 3, H, W) and returns logits (B, num_classes), nothing else: in
+float32 also under autocast, which LastLinear stays out of. The table of names is at the bottom.
 """
-import difflib
 import functools
-from pathlib import Path
 
 import torch
 import torch.nn.functional as F
-import torchvision
 from torch import nn
 
-
-class LastLinear(nn.Linear):
-    """Works outside autocast: in bfloat16, more than one row in a hundred ties at the top."""
-
-    def forward(self, x):
-        # check_size works with tensors that have no numbers, and no autocast.
-        with torch.autocast("cpu" if x.is_meta else x.device.type, enabled=False):
-            return super().forward(x.to(self.weight.dtype))
-
+from support import networks
+from support.networks import LastLinear
 
 # --- CIFAR ResNets (He et al., CVPR 2016, section 4.2) -------------------------------------------
 
@@ -69,9 +58,8 @@ class ResNet(nn.Module):
 
     @staticmethod
     def _stage(in_channels, channels, n, stride):
-        blocks = [BasicBlock(in_channels, channels, stride)]
-        blocks += [BasicBlock(channels, channels, 1) for _ in range(n - 1)]
-        return nn.Sequential(*blocks)
+        return nn.Sequential(BasicBlock(in_channels, channels, stride),
+                             *[BasicBlock(channels, channels, 1) for _ in range(n - 1)])
 
     def forward(self, x):                                     # (B, 3, H, W)
         x = F.relu(self.bn1(self.conv1(x)), inplace=True)     # (B, stem, H, W)
@@ -82,11 +70,11 @@ class ResNet(nn.Module):
 # --- ViT (Dosovitskiy et al., ICLR 2021) ---------------------------------------------------------
 
 class Block(nn.Module):
-    """A pre-norm transformer block, explicit so that attention can be read.
+    """A pre-norm transformer block, written out so that attention can be read.
 
-    nn.TransformerEncoderLayer hides it, and its fast path computes something else in eval mode than
-    in train mode. The backward pass of F.scaled_dot_product_attention, in bfloat16 on a CPU, takes
-    over half of a vit_nano's step.
+    nn.TransformerEncoderLayer would hide it, and computes by another path in eval mode than in
+    train mode. F.scaled_dot_product_attention is slow in bfloat16 on a CPU: its backward pass would
+    take over half of a vit_nano's step.
     """
 
     def __init__(self, dim, heads):
@@ -113,9 +101,10 @@ class Block(nn.Module):
 
 
 def patch_size(image_size):
-    """The largest patch that divides the image: 4 for 16 and 32 pixels, 8 for 64, 16 for 224.
+    """The side, in pixels, of a ViT's patches: 4 for images of 16 and 32 pixels, 8 for 64, 16 for
+    224. It is the largest divisor of image_size up to 16 and up to an eighth of it, but may be 4.
 
-    At most 16 pixels, and at most an eighth of the side or 4 pixels.
+    Raises ValueError unless image_size is a multiple of 8.
     """
     if image_size % 8:
         raise ValueError(f"a ViT needs an image size that is a multiple of 8, not {image_size}")
@@ -123,11 +112,8 @@ def patch_size(image_size):
 
 
 def conv_stem(dim, patch):
-    """(B, 3, H, W) -> (B, dim, H/patch, W/patch) by strided 3x3 convolutions.
-
-    They stand in place of the one big patch convolution (Xiao et al., "Early Convolutions Help
-    Transformers See Better", NeurIPS 2021).
-    """
+    """(B, 3, H, W) -> (B, dim, H/patch, W/patch) by small convolutions in place of one big patch
+    convolution (Xiao et al., "Early Convolutions Help Transformers See Better", NeurIPS 2021)."""
     layers, channels = [], 3
     while patch % 2 == 0:
         layers += [nn.Conv2d(channels, dim, 3, 2, 1, bias=False), nn.BatchNorm2d(dim), nn.ReLU()]
@@ -136,22 +122,24 @@ def conv_stem(dim, patch):
 
 
 class ViT(nn.Module):
-    """stem: "patch", as published, or "conv"."""
+    """A plain ViT with a class token and learnt positions.
+
+    dim: D, of each token. depth: number of blocks. stem: "patch", one big convolution as
+    published, or "conv", as in `conv_stem`.
+    """
 
     def __init__(self, num_classes, image_size, dim, depth, heads, stem="patch"):
         super().__init__()
         patch = patch_size(image_size)
-        if stem == "patch":
-            self.patch_embed = nn.Conv2d(3, dim, patch, patch)
-        else:
-            self.patch_embed = conv_stem(dim, patch)
+        self.patch_embed = (nn.Conv2d(3, dim, patch, patch) if stem == "patch"
+                            else conv_stem(dim, patch))
         self.cls_token = nn.Parameter(torch.zeros(1, 1, dim))
         self.pos_embed = nn.Parameter(torch.zeros(1, 1 + (image_size // patch) ** 2, dim))
         self.blocks = nn.Sequential(*[Block(dim, heads) for _ in range(depth)])
         self.norm = nn.LayerNorm(dim)
         self.head = LastLinear(dim, num_classes)
-        # Xavier and distinct positions: with the usual std of 0.02 a narrow ViT hardly starts to
-        # learn in the few hundred steps of a small data set.
+        # Xavier weights and clearly distinct positions: with the usual std of 0.02 for both, a
+        # narrow ViT hardly starts to learn in the few hundred steps of a small data set.
         nn.init.trunc_normal_(self.cls_token, std=0.02)
         nn.init.trunc_normal_(self.pos_embed, std=0.5)
         if stem == "patch":
@@ -164,7 +152,7 @@ class ViT(nn.Module):
     def forward(self, x):                                     # (B, 3, H, W)
         x = self.patch_embed(x).flatten(2).transpose(1, 2)    # (B, N, D), N patches
         x = torch.cat([self.cls_token.expand(len(x), -1, -1), x], 1) + self.pos_embed  # (B, 1+N, D)
-        return self.head(self.norm(self.blocks(x))[:, 0])               # (B, num_classes)
+        return self.head(self.norm(self.blocks(x))[:, 0])     # (B, num_classes)
 
 
 # --- The table of names --------------------------------------------------------------------------
@@ -180,26 +168,21 @@ MODELS = {
     "resnet110": (ResNet, dict(depth=110, widths=_NARROW)),
     "resnet8x4": (ResNet, dict(depth=8, widths=_WIDE)),
     "resnet32x4": (ResNet, dict(depth=32, widths=_WIDE)),
-    # With patches it stays near chance on the few images of glyphs.
+    # With a patch stem it stays near chance on the few images of glyphs.
     "vit_nano": (ViT, dict(dim=64, depth=4, heads=2, stem="conv")),
     "vit_tiny": (ViT, dict(dim=192, depth=12, heads=3)),
     "vit_small": (ViT, dict(dim=384, depth=12, heads=6)),
 }
 
 
-# They return more than logits in training.
-NOT_LOGITS = ("googlenet", "inception_v3")
-TORCHVISION = tuple(name for name in torchvision.models.list_models(module=torchvision.models)
-                    if name not in NOT_LOGITS)
-
-
 def create_model(name, num_classes, image_size=32, pretrained=False):
     """A network of the table above, freshly initialised, or one of torchvision's.
 
-    name: a key of MODELS, or of TORCHVISION. num_classes: C, at least 2. image_size: side in
-    pixels; only our ViTs are built for one. pretrained: with torchvision's ImageNet weights, and a
-    fresh last layer unless C is 1,000. Raises ValueError for an unknown name, fewer than two
-    classes, a ViT whose patches do not fit, or weights that cannot be had.
+    name: a key of MODELS, or a classifier of torchvision.models. num_classes: C, at least 2.
+    image_size: side in pixels; only our ViTs are built for one. pretrained: with torchvision's
+    ImageNet weights, and a new last layer unless C is 1,000; our own have none, and ignore it.
+    Raises ValueError for an unknown name, fewer than two classes, a ViT whose patches do not fit,
+    or weights that cannot be had.
     """
     check_name(name)
     if num_classes < 2:
@@ -207,62 +190,9 @@ def create_model(name, num_classes, image_size=32, pretrained=False):
     if name in MODELS:
         build, arguments = MODELS[name]
         return build(num_classes, image_size, **arguments)
-    model = torchvision.models.get_model(name, num_classes=num_classes)
-    # fc, head, classifier.6: the owner of the last parameter.
-    last = [*model.state_dict()][-1].rpartition(".")[0]
-    layer = model.get_submodule(last)
-    if pretrained:
-        model = published(name)
-        made_for = getattr(model, "image_size", image_size)
-        if made_for != image_size:
-            raise ValueError(f"{name}: its weights are for images of {made_for} pixels")
-        if num_classes != 1000:
-            model.set_submodule(last, layer)
-        layer = model.get_submodule(last)
-    # That of squeezenet is a convolution.
-    if isinstance(layer, nn.Linear):
-        layer.__class__ = LastLinear
-    return model
+    return networks.create_torchvision(name, num_classes, image_size, pretrained)
 
 
-def published(name):
-    """A network of TORCHVISION with its best ImageNet weights, which are downloaded once."""
-    weights = torchvision.models.get_model_weights(name).DEFAULT
-    try:
-        return torchvision.models.get_model(name, weights=weights)
-    except Exception as error:
-        # No network, no space, or a damaged file, which can raise nearly anything.
-        reason, folder = str(error).split("\n")[0], Path(torch.hub.get_dir()) / "checkpoints"
-        raise ValueError(f"{name}: cannot load {Path(weights.url).name} ({reason}); put a whole "
-                         f"one, from {weights.url}, into {folder}")
-
-
-def check_name(name):
-    """Raises ValueError, with the nearest names, where this is no network here."""
-    if name in NOT_LOGITS:
-        raise ValueError(f"{name}: returns more than logits in training; choose another network")
-    if name not in MODELS and name not in TORCHVISION:
-        near = difflib.get_close_matches(name, [*MODELS, *TORCHVISION], 4)
-        which = f"nearest: {', '.join(near)}" if near else f"choose among {', '.join(MODELS)}"
-        raise ValueError(f"{name}: unknown network; {which}, or a classifier of torchvision.models")
-
-
-@functools.cache
-def check_size(name, image_size, images=2, made_for=None):
-    """Raises ValueError where a network does not take so many images of this size in training.
-
-    made_for: the size that it was made for; default: the same. Costs no arithmetic.
-    """
-    with torch.device("meta"):
-        try:
-            model = create_model(name, 2, made_for or image_size)
-        except NotImplementedError:
-            # RegNets look at numbers when they are built.
-            with torch.device("cpu"):
-                model = create_model(name, 2, image_size).to("meta")
-        try:
-            model(torch.zeros(images, 3, image_size, image_size))
-        except (RuntimeError, ValueError, AssertionError) as error:
-            reason = str(error).splitlines()[0]
-            raise ValueError(f"{name} does not take {images} images of {image_size} pixels "
-                             f"({reason})")
+# What train.py and eval.py ask before they build a network; both raise ValueError.
+check_name = functools.partial(networks.check_name, ours=MODELS)
+check_size = functools.partial(networks.check_size, create_model)

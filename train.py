@@ -32,11 +32,13 @@ from torch.nn.parallel import DistributedDataParallel
 from tqdm import tqdm
 
 import losses
-from data import DATASETS, SIDES, batches, load
+from data import DATASETS, batches, load
 from eval import FREE, layout, load_model, measure, pick_device, plot, predict, read_run
-from folders import UserError, blaming, locked, replacing
-from models import MODELS, TORCHVISION, check_name, check_size, create_model
+from models import MODELS, check_name, check_size, create_model
 from support.cuda_graph import Recorded
+from support.errors import UserError, as_user_error
+from support.files import atomic_write, locked
+from support.networks import TORCHVISION
 from swap import misclassified
 
 # --- Settings -------------------------------------------------------------------------------------
@@ -204,11 +206,11 @@ def resolve(s):
     if method != "ce":
         networks["teacher"] = given.get("teacher", SIZES[dataset]["teacher"])
     for role, name in networks.items():
-        with blaming(f"{flag(role)} "):
+        with as_user_error(f"{flag(role)} "):
             check_name(name)
     theirs = [name for name in networks.values() if name in TORCHVISION]
     pretrained = given.get("pretrained", dataset == "folder") if theirs else None
-    side = 224 if theirs and dataset == "folder" else SIDES[dataset]
+    side = 224 if theirs and dataset == "folder" else DATASETS[dataset].side
 
     optimizer = given.get("optimizer", optimizer_of(networks["student"]))
     tuned = {"glyphs": TUNED, "imagenet": IMAGENET}.get(dataset, {}).get(optimizer, {})
@@ -258,7 +260,7 @@ def resolve(s):
         if wrong:
             raise UserError(message)
     for name in networks.values():
-        with blaming(f"--image-size {full['image_size']}: "):
+        with as_user_error(f"--image-size {full['image_size']}: "):
             check_size(name, full["image_size"])
     return Settings(**full)
 
@@ -456,7 +458,7 @@ def run(settings, run_dir=None, resume=False):
                         "processes; give a larger one, or fewer processes")
     if (n % s.batch_size or s.batch_size) // world <= 1:
         # Batch norm may have nothing to average over.
-        with blaming(f"--batch-size {s.batch_size}: leaves one image for the last step: "):
+        with as_user_error(f"--batch-size {s.batch_size}: leaves one image for the last step: "):
             check_size(s.student, s.image_size, images=1)
 
     learner, history = begin(s, data, device, saved)
@@ -504,7 +506,7 @@ def begin(s, data, device, saved):
     """(Learner, history) of a new run, or of one that goes on from the checkpoint `saved`."""
     torch.manual_seed(s.seed)
     C, pretrained = len(data.classes), s.pretrained and s.student in TORCHVISION and not saved
-    with blaming("--student "):
+    with as_user_error("--student "):
         student = create_model(s.student, C, s.image_size, pretrained)
     if pretrained:
         print(f"student   {s.student} from torchvision's ImageNet weights"
@@ -746,7 +748,7 @@ def make_optimizer(s, student):
 
 def write(path, content):
     """A file of a run folder, whole at any moment."""
-    with replacing(path) as file:
+    with atomic_write(path) as file:
         file.write(content)
 
 

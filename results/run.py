@@ -29,7 +29,7 @@ from matplotlib.figure import Figure  # noqa: E402
 
 import eval as evaluation  # noqa: E402
 import train  # noqa: E402
-from folders import replacing  # noqa: E402
+from support.files import atomic_write  # noqa: E402
 from train import FINE_TUNING, TUNED  # noqa: E402
 
 TEACHER = "--teacher-checkpoint results/teachers/{}/seed0/last.pt"
@@ -184,7 +184,7 @@ def shared(teacher, folder):
         if file.exists():
             return torch.from_numpy(np.load(file))
         logits = compute(images)
-        with replacing(file) as whole:
+        with atomic_write(file) as whole:
             np.save(whole, logits.float().numpy())
         return logits
 

@@ -31,15 +31,15 @@ from torchvision.transforms import v2
 sys.path.insert(0, str(Path(__file__).parent.parent))
 
 import data
-import folders
 import losses
 import models
 import train
+from support import augment, photographs
 from swap import swap
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 TEMPERATURES = (1, 2, 3, 4, 5, 6)
-MEAN, STD = data.CIFAR["cifar100"][1:]
+MEAN, STD = data.DATASETS["cifar100"].mean, data.DATASETS["cifar100"].std
 WORKERS = min(8, os.cpu_count() or 1)
 PAIRS = (("resnet20", "resnet8"), ("resnet56", "resnet20"))
 
@@ -115,7 +115,7 @@ def pillow_randaugment(image):
         image = PILLOW[k](image)
     side, (x, y) = np.random.uniform(0, 16), np.random.uniform(0, 32, 2)
     ImageDraw.Draw(image).rectangle((max(0, x - side / 2), max(0, y - side / 2),
-                                     min(32, x + side / 2), min(32, y + side / 2)), data.GREY)
+                                     min(32, x + side / 2), min(32, y + side / 2)), augment.GREY)
     return image
 
 
@@ -282,7 +282,8 @@ class BothViews:
 
     def __init__(self, strong):
         crop = [transforms.RandomResizedCrop(224, (0.35, 1)), transforms.RandomHorizontalFlip()]
-        end = [transforms.ToTensor(), transforms.Normalize(*data.IMAGENET[1:])]
+        end = [transforms.ToTensor(), transforms.Normalize(data.DATASETS["imagenet"].mean,
+                                                            data.DATASETS["imagenet"].std)]
         self.weak = transforms.Compose(crop + end)
         self.strong = transforms.Compose(crop + [transforms.RandAugment(2)] + end)
         self.both = strong
@@ -300,7 +301,7 @@ def photographs_table(n=512):
             path.parent.mkdir(parents=True, exist_ok=True)
             coarse = Image.fromarray(g.integers(0, 256, (40, 50, 3), np.uint8))
             coarse.resize((500, 375), Image.Resampling.BICUBIC).save(path, quality=90)
-        folders.CACHE = Path(root, "decoded")
+        photographs.CACHE = Path(root, "decoded")
         with contextlib.redirect_stdout(io.StringIO()):
             decoding = seconds(lambda: data.load("folder", Path(root, "photos"), 224) and None)
             again = seconds(lambda: data.load("folder", Path(root, "photos"), 224) and None)

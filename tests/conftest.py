@@ -10,8 +10,10 @@ from PIL import Image
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
 
-import data
 import train
+from support import glyphs
+
+ROOT = Path(__file__).parent.parent
 
 
 class File:
@@ -30,6 +32,14 @@ class File:
         return getattr(self.file, name)
 
 
+def write_images(root, layout):
+    """Write {path: PIL image} below root."""
+    for name, image in layout.items():
+        (root / name).parent.mkdir(parents=True, exist_ok=True)
+        image.save(root / name)
+    return root
+
+
 def pytest_addoption(parser):
     parser.addoption("--kills", type=int, default=3,
                      help="how often test_reliability.py kills a run")
@@ -45,6 +55,18 @@ def own_folder_and_seed(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(torch.cpu, "_is_avx512_bf16_supported", lambda: False, raising=False)
     torch.manual_seed(0)
+
+
+@pytest.fixture(scope="session")
+def images():
+    """Smooth and noisy, bright and dark, and one flat image: (150, 3, 32, 32) uint8."""
+    g = torch.Generator().manual_seed(0)
+    coarse = torch.rand(150, 3, 4, 4, generator=g)
+    smooth = torch.nn.functional.interpolate(coarse, 32, mode="bilinear")
+    images = 255 * smooth + 8 * torch.randn(150, 3, 32, 32, generator=g)
+    images[::3] *= 0.3
+    images[0] = 77
+    return images.clamp(0, 255).byte()
 
 
 @pytest.fixture(scope="session")
@@ -134,10 +156,10 @@ def imagenet(tmp_path_factory):
 @pytest.fixture
 def easy_glyphs(tmp_path, monkeypatch):
     """A data folder of glyphs learnt in seconds: three upright characters, no distractors."""
-    easy = dict(GLYPHS=list("OTx"), GLYPHS_TRAIN=480, GLYPHS_TEST=200, ROTATION=0, JITTER=0.05,
+    easy = dict(CLASSES=list("OTx"), N_TRAIN=480, N_TEST=200, ROTATION=0, JITTER=0.05,
                 DISTRACTORS=0, ZOOM=(1.1, 1.2), CONTRAST=(1, 1), NOISE=(0, 0.02))
     for name, value in easy.items():
-        monkeypatch.setattr(data, name, value)
+        monkeypatch.setattr(glyphs, name, value)
     return tmp_path / "data"
 
 

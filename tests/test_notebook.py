@@ -13,9 +13,9 @@ import pytest
 import torch
 from nbclient import NotebookClient
 
-import data
 import eval as evaluation
 from models import create_model
+from support import glyphs
 from swap import misclassified
 
 ROOT = Path(__file__).parent.parent
@@ -51,15 +51,15 @@ def small(tmp_path, monkeypatch):
     no training decides whether it passes the door."""
     for path in ROOT.glob("*.py"):
         shutil.copy(path, tmp_path)
-    shutil.copytree(ROOT / "results", tmp_path / "results")
     shutil.copytree(ROOT / "support", tmp_path / "support")
+    shutil.copytree(ROOT / "results", tmp_path / "results")
     for name, value in dict(ROTATION=0, JITTER=0.05, DISTRACTORS=0, ZOOM=(1.1, 1.2),
                             CONTRAST=(1, 1), NOISE=(0, 0.02)).items():
-        monkeypatch.setattr(data, name, value)
-    parts = [*data.render_glyphs(300, seed=1), *data.render_glyphs(150, seed=2)]
+        monkeypatch.setattr(glyphs, name, value)
+    parts = [*glyphs.render(300, seed=1), *glyphs.render(150, seed=2)]
     parts[3][:20] = 0
     teacher = create_model("resnet14", 47)
-    folder = tmp_path / f"runs/teacher-glyphs-{data.GLYPHS_VERSION}-resnet14"
+    folder = tmp_path / f"runs/teacher-glyphs-{glyphs.VERSION}-resnet14"
     torch.nn.init.normal_(teacher.fc.weight, std=0.05)
     torch.nn.init.constant_(teacher.fc.bias[:1], 3)
     folder.mkdir(parents=True)
@@ -68,7 +68,7 @@ def small(tmp_path, monkeypatch):
     torch.save(dict(architecture="resnet14", epoch=1, model=teacher.state_dict()),
                folder / "last.pt")
     (tmp_path / "data").mkdir()
-    np.savez(tmp_path / f"data/glyphs-{data.GLYPHS_VERSION}.npz",
+    np.savez(tmp_path / f"data/glyphs-{glyphs.VERSION}.npz",
              **dict(zip(("train_x", "train_y", "test_x", "test_y"), map(np.asarray, parts))))
     return tmp_path
 
@@ -97,7 +97,7 @@ def test_the_examples_are_chosen_among_what_is_there(teacher, what, capsys):
     exec(CODE[0].source.split("settings =")[0], names)
     plt.switch_backend("agg")
     images = torch.zeros(len(labels), 3, 4, 4, dtype=torch.uint8)
-    names |= dict(glyphs=SimpleNamespace(classes=data.GLYPHS), z_t={"weak": teacher(labels)},
+    names |= dict(glyphs=SimpleNamespace(classes=glyphs.CLASSES), z_t={"weak": teacher(labels)},
                   y=labels, views={"weak": images})
     for cell in CODE[first:first + 2]:
         exec(cell.source, names)
@@ -105,7 +105,7 @@ def test_the_examples_are_chosen_among_what_is_there(teacher, what, capsys):
     assert what in names["what"] and what in capsys.readouterr().out
     assert bool(misclassified(names["row"], names["label"])) == ("no mistake" not in what)
     shown = names["names"]
-    assert data.GLYPHS[names["label"]] in shown and len(set(shown)) == len(shown)
+    assert glyphs.CLASSES[names["label"]] in shown and len(set(shown)) == len(shown)
 
 
 def test_missing_logs_name_the_command_that_makes_them(small, monkeypatch):

@@ -11,10 +11,10 @@ import pytest
 import torch
 from PIL import Image
 
-import data
 import eval as evaluation
 import train
 from models import create_model
+from support import glyphs
 
 ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text(encoding="utf-8")
@@ -55,7 +55,7 @@ def test_every_command_runs(easy_glyphs, colors, color_teacher, imagenet, publis
     constant_teacher("resnet56", 100, "cifar100_resnet56.pth")
     assert command(train, "--method", "ce", "--data-dir", easy_glyphs, "--student", "resnet14",
                    "--epochs", 3, "--lr", 0.1, "--batch-size", 16, "--run-dir",
-                   f"runs/teacher-glyphs-{data.GLYPHS_VERSION}-resnet14")[0] == 0
+                   f"runs/teacher-glyphs-{glyphs.VERSION}-resnet14")[0] == 0
     shorter = {"glyphs": ["--data-dir", easy_glyphs, "--epochs", 2],
                "cifar100": ["--data-dir", "cifar", "--epochs", 1, "--teacher-checkpoint",
                             "cifar100_resnet56.pth"],

@@ -20,8 +20,8 @@ import torch
 from conftest import File
 
 import data
-import folders
 import train
+from support import files
 
 # Seconds a child may take before the test gives it up.
 FOREVER = 60
@@ -48,7 +48,7 @@ def child(folder, arguments, slow, limit):
     sys.argv = ["train.py", *arguments]
     torch.set_num_threads(1)
     if slow:
-        folders.open = SlowFile
+        files.open = SlowFile
     if limit:
         import resource
         resource.setrlimit(resource.RLIMIT_FSIZE, (limit, resource.RLIM_INFINITY))
@@ -220,10 +220,10 @@ def test_a_disk_that_fails_in_mid_run(short, command, monkeypatch, tmp_path, kin
             if kind == "deleted" and self.due(self.path):
                 shutil.rmtree("run")
             self.file.write(content)
-    monkeypatch.setattr(folders, "open", Failing, raising=False)
+    monkeypatch.setattr(files, "open", Failing, raising=False)
     with pytest.raises(data.UserError, match="^run: cannot write epoch [23] ") as caught:
         train.run(short(), "run")
-    monkeypatch.setattr(folders, "open", open)
+    monkeypatch.setattr(files, "open", open)
     if kind == "deleted":
         assert "no epoch is saved there" in str(caught.value) and not os.path.exists("run")
         return

@@ -2,10 +2,8 @@
 import json
 import os
 import shutil
-import struct
 from pathlib import Path
 
-import numpy as np
 import pytest
 import torch
 from PIL import Image
@@ -13,10 +11,10 @@ from test_bad_input import refused
 
 import data
 import eval as evaluation
-import folders
 import train
 from eval import load_model, measure, predict
 from models import create_model
+from support import glyphs
 
 
 def top1_of(report):
@@ -35,7 +33,7 @@ def other_statistics(color_teacher, tmp_path):
 def test_each_network_sees_images_normalised_as_it_was_trained(
         colors, other_statistics, color_teacher, base, command):
     loaded = data.load("folder", colors, 16)
-    (images, labels), (mean, std) = loaded.test, data.IMAGENET[1:]
+    (images, labels), (mean, std) = loaded.test, (loaded.mean, loaded.std)
     alone = predict(load_model(other_statistics)[0], images, (0.1, 0.2, 0.7), (0.6, 0.3, 0.9))
     fitted = predict(load_model(other_statistics, data=loaded)[0], images, mean, std)
     torch.testing.assert_close(fitted, alone, rtol=1e-4, atol=1e-4)
@@ -99,63 +97,6 @@ def test_resume_notices_other_images(colors, color_teacher, base, command, tmp_p
     else:
         refused(result, "not the images of this run")
         assert Path("run/best.pt").read_bytes() == best
-
-
-@pytest.mark.parametrize("link", ["..", "../..", ".", "../red", "../../train/red"])
-def test_a_link_to_a_folder_above_multiplies_nothing(colors, tmp_path, link):
-    root = shutil.copytree(colors, tmp_path / "photos")
-    (root / "train/red/inner").mkdir()
-    (root / "train/red/again").symlink_to(link, target_is_directory=True)
-    (root / "train/red/inner/again").symlink_to("..", target_is_directory=True)
-    assert len(data.load("folder", root, 16).train[1]) == 120
-
-
-@pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="needs named pipes")
-def test_a_pipe_among_the_images(colors, tmp_path):
-    root = shutil.copytree(colors, tmp_path / "photos")
-    os.mkfifo(root / "train/red/pipe.png")
-    with pytest.raises(data.UserError, match="pipe.png: not a readable image"):
-        data.load("folder", root, 16)
-
-
-@pytest.mark.parametrize("name, image", [
-    ("float.tif", Image.fromarray(np.full((9, 9), 0.5, np.float32))),
-    ("deep.tif", Image.fromarray(np.full((9, 9), 4095, np.uint16))),
-    ("deeper.tif", Image.fromarray(np.full((9, 9), 4095, np.int32)))])
-def test_an_image_of_unknown_range_is_refused(tmp_path, name, image):
-    image.save(tmp_path / name)
-    with pytest.raises(data.UserError, match=f"{name}.*range of brightness is not known"):
-        folders.read_image(str(tmp_path / name), 8)
-
-
-def test_what_is_under_a_transparent_pixel_stays_hidden(tmp_path):
-    half = Image.new("P", (8, 8), 1)
-    half.putpalette([9, 9, 9, 200, 0, 0])
-    half.save(tmp_path / "p.png", transparency=1)
-    Image.new("RGBA", (8, 8), (200, 0, 0, 0)).save(tmp_path / "rgba.png")
-    Image.new("LA", (8, 8), (7, 0)).save(tmp_path / "la.png")
-    for path in tmp_path.glob("*.png"):
-        assert (folders.read_image(str(path), 8) == 255).all(), path
-
-
-@pytest.mark.parametrize("content", ["other count", "other type", "labels", "text", "array"])
-def test_a_damaged_cache_of_glyphs_is_rendered_anew(easy_glyphs, content, capsys):
-    whole = data.load("glyphs", easy_glyphs)
-    path = next(Path(easy_glyphs).glob("glyphs-*.npz"))
-    arrays = dict(np.load(path))
-    if content == "text":
-        path.write_text("hello")
-    elif content == "array":
-        np.save(open(path, "wb"), arrays["train_x"])
-    else:
-        arrays |= {"other count": dict(train_x=arrays["train_x"][:5]),
-                   "other type": dict(test_x=arrays["test_x"].astype(np.float32)),
-                   "labels": dict(test_y=arrays["test_y"] + 40)}[content]
-        np.savez(path, **arrays)
-    again = data.load("glyphs", easy_glyphs)
-    assert "rendering" in capsys.readouterr().out
-    parts = zip(whole.train + whole.test, again.train + again.test)
-    assert all(torch.equal(a, b) for a, b in parts)
 
 
 def test_a_table_does_not_mix_folders_of_images(colors, color_teacher, base, command,
@@ -236,42 +177,6 @@ def test_a_path_is_as_good_as_its_name(colors, color_teacher):
     assert (s.data_dir, s.teacher_checkpoint) == (str(colors), str(color_teacher))
 
 
-def test_damaged_exif_is_refused_or_read(tmp_path):
-    """A TIFF header whose directory points beyond its end, and one of a wrong type."""
-    for name, block in (("beyond", b"Exif\0\0MM\0*\xff\xff\xff\xff"),
-                        ("type", b"Exif\0\0MM\0*\0\0\0\x08\0\x01" + struct.pack(
-                            ">HHI4s", 274, 2, 2, b"\xff\xff\0\0"))):
-        path = tmp_path / f"{name}.jpg"
-        Image.new("RGB", (8, 8)).save(path, exif=block)
-        try:
-            assert folders.read_image(str(path), 8).shape == (3, 8, 8)
-        except data.UserError as error:
-            assert path.name in str(error)
-
-
-@pytest.mark.parametrize("ending", ["avif", "dds", "jp2", "tif", "webp", "gif", "png", "jpg", "bmp",
-                                    "ico", "tga", "ppm"])
-def test_damaged_images_are_refused_or_read(tmp_path, ending):
-    g, path = np.random.default_rng(0), tmp_path / f"x.{ending}"
-    try:
-        Image.fromarray(g.integers(0, 256, (20, 30, 3), np.uint8)).save(path)
-    except (OSError, ValueError, KeyError):
-        pytest.skip(f"this Pillow writes no {ending}")
-    whole = path.read_bytes()
-    for k in range(60):
-        content = bytearray(whole)
-        if k % 2:
-            del content[g.integers(len(content)):]
-        else:
-            content[g.integers(min(len(content), 200))] ^= 1 << g.integers(8)
-        path.write_bytes(content)
-        try:
-            image = folders.read_image(str(path), 8)
-            assert image.shape == (3, 8, 8) and image.dtype == np.uint8
-        except data.UserError as error:
-            assert path.name in str(error) and "\n" not in str(error)
-
-
 def test_a_name_with_a_line_break_is_one_line(command, colors, tmp_path, base):
     root = shutil.copytree(colors, tmp_path / "two\nlines")
     (root / "train/red/0.png").write_bytes(b"no image")
@@ -301,28 +206,6 @@ def test_eval_of_a_file_that_cannot_be_read(command, path):
     if path == "sealed.pt" and os.access(path, os.R_OK):
         pytest.skip("to root no file is sealed")
     refused(command(evaluation, path, "--model", "resnet8", "--dataset", "glyphs"), path)
-
-
-def test_a_folder_read_as_two_data_sets_keeps_its_labels(tmp_path):
-    """At sizes that are stored alike, in another order."""
-    for part in ("train", "test"):
-        for k in range(10):
-            (tmp_path / f"set/{part}/{k}").mkdir(parents=True)
-            for i in range(3):
-                Image.new("RGB", (32, 32), (k, i, 0)).save(tmp_path / f"set/{part}/{k}/{i}.png")
-    for name, size in (("folder", 28), ("cifar10", 32), ("folder", 28)):
-        images, labels = data.load(name, tmp_path / "set", size).train
-        assert torch.equal(images[:, 0, 5, 5].long(), labels), name
-
-
-@pytest.mark.parametrize("name, measured", [("folder", "test"), ("imagenet", "val")])
-def test_which_part_is_measured_where_there_are_three(colors, tmp_path, monkeypatch, name,
-                                                      measured):
-    root = shutil.copytree(colors, tmp_path / "three")
-    shutil.copytree(root / "val", root / "test")
-    (root / "test/red/0.png").unlink()
-    monkeypatch.setattr(data, "IMAGENET", (3, *data.IMAGENET[1:]))
-    assert len(data.load(name, root, 16).test[1]) == (59 if measured == "test" else 60)
 
 
 @pytest.mark.parametrize("options", [
@@ -380,7 +263,7 @@ def test_the_cached_teacher_is_of_this_version_of_glyphs(easy_glyphs, command, m
     monkeypatch.setattr(train, "measure", lambda *a: evaluation.measure(*a) | dict(top1=60.0))
     flags = ("--data-dir", easy_glyphs, "--epochs", 1, "--device", "cpu", "--method", "kd")
     assert command(train, *flags)[0] == 0
-    assert Path(f"runs/teacher-glyphs-{data.GLYPHS_VERSION}-resnet14/last.pt").exists()
+    assert Path(f"runs/teacher-glyphs-{glyphs.VERSION}-resnet14/last.pt").exists()
 
 
 @pytest.mark.parametrize("teacher, recipe", [("resnet14", ("sgd", 0.2, 12, "weak")),
@@ -395,13 +278,3 @@ def test_the_teacher_of_glyphs_is_trained_by_a_recipe_of_its_kind(monkeypatch, t
     (mine,) = trained
     mine = train.resolve(mine)
     assert (mine.student, mine.optimizer, mine.lr, mine.epochs, mine.views) == (teacher, *recipe)
-
-
-def test_a_folder_linked_at_two_depths_is_read_whole(colors, tmp_path):
-    root = shutil.copytree(colors, tmp_path / "photos")
-    (tmp_path / "pool/2020").mkdir(parents=True)
-    for name in ("pool/own.png", "pool/2020/old.png"):
-        shutil.copy(root / "train/red/0.png", tmp_path / name)
-    (root / "train/red/a").symlink_to(tmp_path / "pool/2020")
-    (root / "train/red/b").symlink_to(tmp_path / "pool")
-    assert len(data.load("folder", root, 16).train[1]) == 122

@@ -12,6 +12,7 @@ import data
 import eval as evaluation
 import losses
 import train
+from support.photographs import centre
 from train import Settings, learning_rate, resolve, run
 
 
@@ -56,7 +57,7 @@ def test_the_teacher_can_be_swapped_on_the_strong_view_alone():
 def test_the_default_is_sld_on_glyphs():
     s = resolve(Settings())
     assert (s.method, s.dataset, s.teacher, s.student) == ("sld", "glyphs", "resnet14", "resnet8")
-    assert (s.epochs, s.gamma, s.image_size, s.evaluate) == (9, 6, data.GLYPHS_SIZE, "test")
+    assert (s.epochs, s.gamma, s.image_size, s.evaluate) == (9, 6, 16, "test")
     assert (s.optimizer, s.schedule, s.warmup) == ("sgd", "cosine", 0.9)
 
 
@@ -168,7 +169,7 @@ def test_a_run_folder_describes_itself(short):
 def test_val_measures_on_a_tenth_that_is_not_trained_on(short, colors, command):
     images, labels = data.load("folder", colors, 16).train
     val = data.load("folder", colors, 16, evaluate="val")
-    rows, trained = ({image.numpy().tobytes() for image in data.centre(part, 16)}
+    rows, trained = ({image.numpy().tobytes() for image in centre(part, 16)}
                      for part in (images, val.train[0]))
     measured = {image.numpy().tobytes() for image in val.test[0]}
     assert trained | measured == rows and not trained & measured

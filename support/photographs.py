@@ -1,0 +1,266 @@
+"""Folders of photographs, <part>/<class>/…, each part as one uint8 array on disk.
+
+The array is decoded once and from then on mapped into memory, so a data set may be larger than the
+memory. It is found again by the names, sizes and times of the image files. A digest of names and
+pixels, kept at its end, tells two sets of images apart, also on another machine.
+"""
+import errno
+import hashlib
+import math
+import os
+import shutil
+import warnings
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import numpy as np
+import torch
+from PIL import Image, ImageOps
+from torchvision.datasets.folder import find_classes
+from tqdm import tqdm
+
+from support.errors import UserError
+from support.files import atomic_write, cache_lock
+
+# Where the arrays are kept. VERSION has to change with whatever changes their content.
+CACHE, VERSION = Path("data"), "v3"
+
+
+def stored_side(size):
+    """The side, in pixels, at which photographs are stored that networks see at `size`: 256 for
+    224. Crops are taken from the larger image."""
+    return round(size * 8 / 7)
+
+
+def centre(images, size):
+    """The test view of photographs: (N, 3, side, side) -> (N, 3, size, size), which shares their
+    memory."""
+    at = (images.shape[-1] - size) // 2
+    return images[:, :, at:at + size, at:at + size]
+
+
+def load(name, root, size, n_classes, cropped, train):
+    """The image folder `root`: (train, test, classes, digests).
+
+    name: the data set, for messages. size: side in pixels of the test images. n_classes: how many
+    there have to be; None for any number from 2. cropped: whether training images are stored in a
+    random order at stored_side(size), to be cropped later, or in order at `size`. train=False reads
+    the training part's classes only.
+    train, test: ((N, 3, S, S) uint8, (N,) int64), train None where it was not asked for. classes:
+    the names of the training part's folders. digests: of the training images, where they were
+    asked for, and of the test images.
+    Raises UserError for a folder that is not laid out as expected or cannot be read, for a damaged
+    image, and for a full disk.
+    """
+    if root.is_file():
+        raise UserError(f"--data-dir {root}: a file, not a folder; an archive has to be unpacked")
+    if not root.is_dir():
+        raise UserError(f"--data-dir {root}: no such folder; it should hold train/<class>/ and "
+                        "val/<class>/ or test/<class>/")
+    # ImageNet's published test part has no labels, so its val/ is measured.
+    parts = ("val", "test") if name == "imagenet" else ("test", "val")
+    test_folder = next((root / part for part in parts if (root / part).is_dir()), None)
+    train_folder = root / "train" if train or (root / "train").is_dir() else test_folder
+    if test_folder is None or not train_folder.is_dir():
+        raise UserError(f"--data-dir {root}: should hold train/<class>/ and val/<class>/ or "
+                        "test/<class>/")
+    classes = class_names(train_folder)
+    if n_classes not in (None, len(classes)):
+        raise UserError(f"--data-dir {root}: {len(classes)} classes in {train_folder.name}/, where "
+                        f"{name} has {n_classes}")
+    if len(classes) < 2:
+        raise UserError(f"{train_folder}: has the classes {classes}; a classifier needs at least 2")
+    test_paths, test_labels = image_files(test_folder, classes)
+
+    side, train_part, digests = stored_side(size) if cropped else size, None, ()
+    if train:
+        paths, labels = image_files(train_folder, classes)
+        if cropped:
+            # data.hold_out takes the first tenth of them without a copy, so that has to be random.
+            order = torch.randperm(len(paths), generator=torch.Generator().manual_seed(0))
+            paths, labels = [paths[i] for i in order], labels[order]
+        images, *digests = decoded(train_folder, paths, side)
+        train_part = images, labels
+    images, digest = decoded(test_folder, test_paths, side)
+    return train_part, (centre(images, size), test_labels), classes, (*digests, digest)
+
+
+# --- Which files there are ------------------------------------------------------------------------
+
+def class_names(folder):
+    try:
+        return find_classes(folder)[0]
+    except OSError as error:
+        raise UserError(f"{folder}: cannot be read ({error.strerror or error})")
+
+
+def image_files(folder, classes):
+    """(paths, labels): the images below folder/<class>/, in order, and (N,) int64.
+
+    classes: all that there may be, in the order of the labels. Raises UserError for a class that is
+    not one of them, for one without an image, and for what cannot be read.
+    """
+    names = class_names(folder)
+    extra = sorted(set(names) - set(classes))
+    if extra:
+        raise UserError(f"{folder}: class {extra[0]!r} has no folder in the training part")
+    Image.init()
+    endings = tuple(end for end, form in Image.registered_extensions().items()
+                    if form in Image.OPEN)
+    paths, labels = [], []
+    for name in names:
+        found = list(_image_files_below(os.path.join(folder, name), endings))
+        if not found:
+            raise UserError(f"{folder}: class {name!r} has no image; every class needs at least "
+                            "one, in a format that Pillow reads")
+        paths += found
+        labels += [classes.index(name)] * len(found)
+    return paths, torch.tensor(labels)
+
+
+# Not torchvision's make_dataset: it follows a link to a folder above round and round, and passes
+# over a folder that it may not read without a word.
+def _image_files_below(top, endings):
+    """The paths of the image files below a class's folder, in order, those that are linked too."""
+    root = os.path.realpath(top)
+    seen = {root}
+    try:
+        for folder, inner, files in os.walk(top, onerror=_raise, followlinks=True):
+            real = {name: os.path.realpath(os.path.join(folder, name)) for name in sorted(inner)}
+            here = root, os.path.realpath(folder)
+            # A link to a folder around this one, or to one already seen, would repeat its images.
+            inner[:] = [name for name, path in real.items()
+                        if path not in seen and not any(p.startswith(path + os.sep) for p in here)]
+            seen.update(real[name] for name in inner)
+            for name in sorted(files):
+                path = os.path.join(folder, name)
+                if not name.lower().endswith(endings):
+                    continue
+                # Opening a pipe would wait forever.
+                if not os.path.isfile(path):
+                    raise UserError(f"{path}: not a readable image (no file); mend or remove it")
+                yield path
+    except OSError as error:
+        raise UserError(f"{error.filename}: cannot be read ({error.strerror})")
+
+
+def _raise(error):
+    raise error
+
+
+# --- What is in them ------------------------------------------------------------------------------
+
+def read_image(path, side):
+    """(3, side, side) uint8, a NumPy array, of an image file: its first frame, turned upright,
+    reduced to 8 bits, and of that the middle square. Raises UserError for a damaged file."""
+    try:
+        with Image.open(path) as image:
+            # A JPEG far larger than needed is decoded at a half, a quarter or an eighth.
+            image.draft(None, (2 * side, 2 * side))
+            range_is_known = image.format in ("PNG", "PPM")
+            image = ImageOps.exif_transpose(image)
+            if image.mode.startswith(("I", "F")):
+                # More than 8 bits. Only PNG and PPM say what the brightest value is.
+                if not range_is_known:
+                    raise ValueError(f"its range of brightness is not known, mode {image.mode}; "
+                                     "save it with 8 bits")
+                image = Image.fromarray((np.asarray(image).clip(0, 65535) // 256).astype(np.uint8))
+            if image.has_transparency_data:
+                # convert("RGB") would show the colour that is hidden under a transparent pixel.
+                image = image.convert("RGBA")
+                image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
+            w, h = image.size
+            x, y = (w - min(w, h)) / 2, (h - min(w, h)) / 2
+            image = image.convert("RGB").resize((side, side), Image.Resampling.BILINEAR,
+                                                box=(x, y, w - x, h - y))
+            return np.ascontiguousarray(np.asarray(image).transpose(2, 0, 1))
+    # Pillow's plug-ins raise nearly any exception on a damaged file.
+    except Exception as error:
+        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+        raise UserError(f"{path}: not a readable image ({reason}); mend or remove it")
+
+
+def decoded(folder, paths, side):
+    """The image files `paths` of `folder`: ((N, 3, side, side) uint8, read-only and mapped from a
+    file in CACHE, digest of their names and pixels). Decodes them into that file if it is missing.
+
+    Raises UserError for an image that cannot be read, and for a full disk.
+    """
+    key = _key(folder, paths, side)
+    path = CACHE / f"{folder.resolve().parent.name}-{folder.name}-{side}px-{key}.npy"
+    shape = len(paths), 3, side, side
+    need = f"{math.prod(shape)} bytes ({math.prod(shape) / 2 ** 30:.1f} GiB)"
+    try:
+        found = _read_array(path, shape)
+        if not found:
+            with cache_lock(CACHE):
+                # Another process may have decoded them while this one waited.
+                found = _read_array(path, shape)
+                if not found:
+                    free = shutil.disk_usage(CACHE).free
+                    if free < math.prod(shape):
+                        raise OSError(errno.ENOSPC, f"only {free} bytes are free")
+                    _decode(folder, paths, shape, path)
+                    found = _read_array(path, shape)
+    except OSError as error:
+        raise UserError(f"{path}: {error.strerror or error}; the decoded images need {need} there; "
+                        "make room, or give a smaller --image-size")
+    return found
+
+
+def _key(folder, paths, side):
+    """A hash of the files' names below `folder`, sizes and times: another hash means that they may
+    have changed."""
+    hashed = hashlib.sha256(f"{VERSION} {side}".encode())
+    for path in paths:
+        try:
+            about = os.stat(path)
+        except OSError as error:
+            raise UserError(f"{path}: not a readable image ({error.strerror}); mend or remove it")
+        hashed.update(b"%b\0%d %d\0" % (_name(folder, path), about.st_size, about.st_mtime_ns))
+    return hashed.hexdigest()[:12]
+
+
+def _name(folder, path):
+    return os.fsencode(path.removeprefix(str(folder)).replace(os.sep, "/"))
+
+
+def _read_array(path, shape):
+    """What `decoded` returns, from the file `path`; None if that is missing or damaged."""
+    size = hashlib.sha256().digest_size
+    try:
+        array = np.load(path, mmap_mode="r")
+        with open(path, "rb") as file:
+            file.seek(array.offset + array.nbytes)
+            digest = file.read(size + 1)
+    except (FileNotFoundError, ValueError, EOFError):
+        return None
+    if array.shape != shape or len(digest) != size:
+        return None
+    # Mapped read-only, since a private writable map would count against the memory. torch warns.
+    with warnings.catch_warnings(action="ignore"):
+        return torch.from_numpy(array), digest.hex()[:12]
+
+
+def _decode(folder, paths, shape, path):
+    """Write the images into the file `path`, followed by the digest of their names and pixels."""
+    for left_by_a_kill in CACHE.glob("*px-*.npy.*.tmp"):
+        left_by_a_kill.unlink()
+    print(f"decoding {len(paths)} images into {path}", flush=True)
+    # The file is written, not mapped: writing to a map would end the process on a full disk.
+    # Threads suffice, since Pillow decodes without the GIL. Taking 512 images at a time bounds how
+    # many decoded ones wait in memory.
+    with (atomic_write(path) as file, ThreadPoolExecutor() as pool,
+          warnings.catch_warnings(action="ignore"),
+          tqdm(total=len(paths), unit=" images", leave=False, disable=None) as bar):
+        header = dict(descr="|u1", fortran_order=False, shape=shape)
+        np.lib.format.write_array_header_1_0(file, header)
+        hashed = hashlib.sha256()
+        for at in range(0, len(paths), 512):
+            some = paths[at:at + 512]
+            for name, image in zip(some, pool.map(lambda path: read_image(path, shape[-1]), some)):
+                file.write(image)
+                hashed.update(_name(folder, name) + b"\0")
+                hashed.update(image)
+                bar.update()
+        file.write(hashed.digest())
