@@ -33,10 +33,14 @@ from tqdm import tqdm
 
 import losses
 from data import DATASETS, SIDES, batches, load
-from eval import FREE, layout, load_model, measure, pick_device, plot, predict, read_run
+from eval import measure, predict
 from folders import UserError, blaming, locked, replacing
 from models import MODELS, TORCHVISION, check_name, check_size, create_model
+from support.checkpoints import load_model
 from support.cuda_graph import Recorded
+from support.devices import layout, pick_device
+from support.plots import plot
+from support.tables import MAY_CHANGE_ON_RESUME, read_run
 from swap import misclassified
 
 # --- Settings -------------------------------------------------------------------------------------
@@ -568,7 +572,8 @@ def open_run(settings, run_dir, resume):
     given = {k: tuple(v) if isinstance(v, list) else v for k, v in vars(settings).items()}
     changed = [f"{flag(k)} {getattr(saved, k)} -> {v}" for k, v in given.items()
                if v not in (None, getattr(saved, k))
-               and (k not in FREE or k == "teacher_checkpoint" and saved.method == "ce")]
+               and (k not in MAY_CHANGE_ON_RESUME
+                    or k == "teacher_checkpoint" and saved.method == "ce")]
     if changed:
         raise UserError(f"--resume: these would change the result of {folder}: "
                         f"{', '.join(changed)}; leave them out")
@@ -579,7 +584,7 @@ def open_run(settings, run_dir, resume):
     checkpoint = load_model(last)[1] if last.exists() else None
     if checkpoint and not is_of(checkpoint, saved):
         raise UserError(f"--resume: {last} is not a checkpoint of this run; put the run's own back")
-    free = {k: given[k] for k in FREE if given[k] is not None}
+    free = {k: given[k] for k in MAY_CHANGE_ON_RESUME if given[k] is not None}
     return resolve(dataclasses.replace(saved, **free)), folder, checkpoint
 
 
@@ -589,7 +594,7 @@ def is_of(checkpoint, s):
     # JSON has one form for lists and tuples.
     return isinstance(theirs, dict) and all(
         json.dumps(v, default=str) == json.dumps(getattr(s, k, None)) for k, v in theirs.items()
-        if k not in FREE and v is not None)
+        if k not in MAY_CHANGE_ON_RESUME and v is not None)
 
 
 COLUMNS = (  # heading, key, width, format
