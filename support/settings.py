@@ -15,6 +15,13 @@ GROUPS = {
     "optimisation": "epochs batch_size optimizer lr weight_decay schedule warmup",
     "the run": "seed device amp cuda_graph",
 }
+EXAMPLES = """
+examples:
+  python train.py --method sld
+  python train.py --method kd --views both --temperatures 1 2 3 4 5 6 --lr 0.1
+
+The numbers that are not given stand in RECIPES, in train.py, and those of an objective are the
+defaults of its function in losses.py."""
 # Outside these, a value overflows or has no effect.
 COUNT = "from 1 to a billion", lambda v: 1 <= v <= 10 ** 9
 POSITIVE = "above 0, at most a million", lambda v: 0 < v <= 10 ** 6
@@ -42,9 +49,10 @@ def flag(name):
     return "--" + name.replace("_", "-")
 
 
-def make_parser(settings_class, description, epilog):
+def make_parser(settings_class, description):
     """The command line with a flag for each field of `settings_class`."""
-    parser = argparse.ArgumentParser(description=description, epilog=epilog,
+    parser = argparse.ArgumentParser(prog="train.py", usage="python train.py [flag ...]",
+                                     description=description + EXAMPLES,
                                      formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.error = lambda message: parser.exit(2, f"{parser.prog}: {message}; see --help\n")
     fields = {field.name: field for field in dataclasses.fields(settings_class)}

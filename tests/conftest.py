@@ -1,3 +1,4 @@
+import json
 import sys
 import urllib.error
 from pathlib import Path
@@ -177,3 +178,17 @@ def command(monkeypatch, capsys):
         out, err = capsys.readouterr()
         return status, out, err
     return run
+
+
+@pytest.fixture(scope="session")
+def write_run():
+    """write_run(folder, accuracies, **settings) writes the logs of a run, with this top-1 after
+    each of its epochs."""
+    def write(folder, accuracies, **config):
+        folder.mkdir(parents=True)
+        (folder / "config.json").write_text(json.dumps(dict(student="resnet8") | config))
+        top1 = config.get("evaluate", "test") + "_top1"
+        rows = [json.dumps({"epoch": i, top1: a}) + "\n" for i, a in enumerate(accuracies, 1)]
+        (folder / "metrics.jsonl").write_text("".join(rows))
+        return folder
+    return write

@@ -14,6 +14,8 @@ from PIL import Image
 import eval as evaluation
 import train
 from models import create_model
+from support.checkpoints import load_model
+from support.errors import UserError
 
 FLAGS = [
     ("--methd sld", "--methd"), ("--method mlkd", "mlkd"), ("--student resnet9", "resnet9"),
@@ -293,9 +295,9 @@ def test_no_damage_to_a_checkpoint_gets_past_the_door(color_teacher, tmp_path):
         middle = {0: luck.randbytes(length), 1: b"", 2: whole[at:at + length] * 2}[k % 3]
         (tmp_path / "bad.pt").write_bytes(whole[:at] + middle + whole[at + length:])
         try:
-            model, _ = evaluation.load_model(tmp_path / "bad.pt")
+            model, _ = load_model(tmp_path / "bad.pt")
             assert all(value.isfinite().all() for value in model.state_dict().values())
-        except evaluation.UserError as error:
+        except UserError as error:
             refusals += 1
             assert "bad.pt" in str(error) and "\n" not in str(error)
     assert refusals > 50

@@ -13,9 +13,8 @@ import pytest
 import torch
 from nbclient import NotebookClient
 
-import eval as evaluation
 from models import create_model
-from support import glyphs
+from support import glyphs, tables
 from swap import misclassified
 
 ROOT = Path(__file__).parent.parent
@@ -51,8 +50,8 @@ def small(tmp_path, monkeypatch):
     no training decides whether it passes the door."""
     for path in ROOT.glob("*.py"):
         shutil.copy(path, tmp_path)
-    shutil.copytree(ROOT / "support", tmp_path / "support")
-    shutil.copytree(ROOT / "results", tmp_path / "results")
+    for name in ("support", "results"):
+        shutil.copytree(ROOT / name, tmp_path / name)
     for name, value in dict(ROTATION=0, JITTER=0.05, DISTRACTORS=0, ZOOM=(1.1, 1.2),
                             CONTRAST=(1, 1), NOISE=(0, 0.02)).items():
         monkeypatch.setattr(glyphs, name, value)
@@ -113,4 +112,4 @@ def test_missing_logs_name_the_command_that_makes_them(small, monkeypatch):
     cell, = [cell for cell in CODE if "def ladder" in cell.source]
     monkeypatch.chdir(small)
     with pytest.raises(SystemExit, match="python results/run.py glyphs makes the logs"):
-        exec(cell.source, dict(evaluation=evaluation, Path=Path))
+        exec(cell.source, dict(tables=tables, Path=Path))

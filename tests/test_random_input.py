@@ -123,9 +123,10 @@ def draw(luck, g):
     if kind == "eval flags":
         values = dict(VALUES, model=VALUES["student"], predict=VALUES["data-dir"],
                       table=VALUES["data-dir"] + ["."], plot=["run", "photos", *WORDS],
-                      against=["run", *WORDS])
+                      against=["run", *WORDS], output=["curves.png", "run/curves.png", *WORDS])
         names = luck.sample(["model", "dataset", "data-dir", "image-size", "predict", "teacher",
-                             "teacher-checkpoint", "device", "table", "plot", "against"],
+                             "teacher-checkpoint", "device", "table", "plot", "against",
+                             "output"],
                             luck.randrange(4))
         words = [w for name in names for w in (f"--{name}", luck.choice(values[name]))]
         file = luck.choice(["run/last.pt", "run/best.pt", "teacher.pt", "missing.pt", "photos", "",

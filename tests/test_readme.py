@@ -15,6 +15,7 @@ import eval as evaluation
 import train
 from models import create_model
 from support import glyphs
+from support.tables import last_top1, read_rows, read_run, table, top1_difference
 
 ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text(encoding="utf-8")
@@ -87,39 +88,39 @@ def test_every_command_runs(easy_glyphs, colors, color_teacher, imagenet, publis
 def test_the_tables_are_what_the_logs_give(what):
     folder, *against = what.split(" against ")
     in_readme = re.search(rf"<!-- table: {what} -->\n(.*?)\n<!-- end -->", PAGES, re.S).group(1)
-    assert in_readme == evaluation.table(ROOT / folder, *against)
+    assert in_readme == table(read_rows(ROOT / folder), *against)
 
 
 def test_what_the_text_says_of_twice_the_epochs():
-    once, twice = (evaluation.read_rows(ROOT / "results" / group)
+    once, twice = (read_rows(ROOT / "results" / group)
                    for group in ("glyphs", "glyphs-twice"))
-    gains = {row: evaluation.difference(twice[row], once[row])[0] for row in twice}
+    gains = {row: top1_difference(twice[row], once[row])[0] for row in twice}
     said = "The student alone gains {:.1f} points, KD {:.1f}, SLD {:.1f}".format(*gains.values())
     assert said in " ".join(PAGES.split()) and max(gains.values()) < 3
-    top1 = [{row: np.mean([*evaluation.last_top1(rows[row]).values()]) for row in twice}
+    top1 = [{row: np.mean([*last_top1(rows[row]).values()]) for row in twice}
             for rows in (once, twice)]
     # Also the order of the rows of the table.
     assert all(sorted(means, key=means.get) == [*twice] for means in top1)
     assert {len(row) for row in twice.values()} == {5}
-    _, low, high, _ = evaluation.difference(twice["03-kd-weak"], twice["01-ce-weak"])
+    _, low, high, _ = top1_difference(twice["03-kd-weak"], twice["01-ce-weak"])
     assert low < 0 < high and "KD's lead over the student alone is small now and not shown" in PAGES
 
 
 def test_what_the_text_says_of_the_vit_that_teaches():
     text = " ".join(PAGES.split())
-    alone = evaluation.read_rows(ROOT / "results/glyphs")["01-ce-weak"]
-    kd, sld = (evaluation.difference(row, alone)
-               for row in evaluation.read_rows(ROOT / "results/vit-teacher").values())
+    alone = read_rows(ROOT / "results/glyphs")["01-ce-weak"]
+    kd, sld = (top1_difference(row, alone)
+               for row in read_rows(ROOT / "results/vit-teacher").values())
     for said, (mean, low, high, _) in (("KD brings", kd), ("SLD", sld)):
         assert f"{said} {mean:+.2f} " in text and f"({low:+.2f} to {high:+.2f})" in text
         assert low < 0 < high
-    _, rows = evaluation.read_run(ROOT / "results/teachers/glyphs-vit/seed0")
+    _, rows = read_run(ROOT / "results/teachers/glyphs-vit/seed0")
     assert f"`results/teachers/glyphs-vit`: {rows[-1]['test_top1']:.2f} %" in text
 
 
 def test_the_teacher_is_stable():
-    top1 = [value for row in evaluation.read_rows(ROOT / "results/stability").values()
-            for value in evaluation.last_top1(row).values()]
+    top1 = [value for row in read_rows(ROOT / "results/stability").values()
+            for value in last_top1(row).values()]
     assert f"from {min(top1):.2f} to {max(top1):.2f} %" in PAGES and len(top1) == 12
     assert max(top1) - min(top1) <= 1.5
 
@@ -140,11 +141,11 @@ def test_the_rates_are_the_best_of_their_grids_and_inside_them(student, groups, 
     """On validation images: mean of the last epoch over the seeds, for each method."""
     best = {}
     rows = [row for group in groups for row in
-            evaluation.read_rows(ROOT / "results" / group).values()]
+            read_rows(ROOT / "results" / group).values()]
     for row in rows:
         config = next(iter(row.values()))[0]
         assert config["evaluate"] == "val" and config["student"] == student
-        mean = np.mean(list(evaluation.last_top1(row).values()))
+        mean = np.mean(list(last_top1(row).values()))
         best.setdefault(config["method"], {})[config["lr"]] = mean
     assert best.keys() == methods
     for method, by_rate in best.items():
@@ -154,41 +155,19 @@ def test_the_rates_are_the_best_of_their_grids_and_inside_them(student, groups, 
     if student == "resnet8":
         flat = [top1 for rate, top1 in best["kd"].items() if rate >= 0.2]
         assert f"from 0.2 to 0.8 lie within {max(flat) - min(flat):.1f} points" in PAGES
-        three = {row[0][0]["lr"]: np.mean([evaluation.last_top1(row)[k] for k in range(3)])
+        three = {row[0][0]["lr"]: np.mean([last_top1(row)[k] for k in range(3)])
                  for row in rows if row[0][0]["method"] == "kd"}
         assert f"three seeds put {three[0.2] - three[0.4]:.2f} points above 0.4" in PAGES
 
 
-def test_the_rates_of_fine_tuning_are_the_best_of_their_grids_and_inside_them():
-    """On validation images of two sets, the mean of both."""
-    by_rate = {}
-    for group in ("tuning-set-a", "tuning-set-b"):
-        for row in evaluation.read_rows(ROOT / "results" / group).values():
-            config, _ = row[0]
-            assert config["evaluate"] == "val" and config["pretrained"]
-            rates = by_rate.setdefault(config["method"], {})
-            rates[config["lr"]] = rates.get(config["lr"], 0) + evaluation.last_top1(row)[0]
-    assert by_rate.keys() == {"ce", "kd", "sld"}
-    for method, sums in by_rate.items():
-        s = train.resolve(train.Settings(method=method, dataset="folder", student="resnet18"))
-        assert round(sums[s.lr]) == round(max(sums.values())), (method, sums)
-        assert min(sums) < s.lr < max(sums)
-    alone, sld = (max(by_rate[method].values()) / 2 for method in ("ce", "sld"))
-    teacher = np.mean([evaluation.read_run(ROOT / f"results/teachers/{name}-val/seed0")[1][-1][
-        "val_top1"] for name in ("set-a", "set-b")])
-    text = " ".join(README.split())
-    assert f"a student alone reached {alone:.0f} %, with SLD {sld:.1f} %." in text
-    assert f"Its teacher had only {teacher:.0f} %" in text
-
-
 def test_the_sample_output_is_that_of_the_committed_run():
     sample = re.search(r"```\n(teacher .*?)```", README, re.S).group(1)
-    _, rows = evaluation.read_run(ROOT / "results/default-run/sld/seed0")
+    _, rows = read_run(ROOT / "results/default-run/sld/seed0")
     lines = [line for line in sample.splitlines() if line.strip()[:1].isdigit()]
     assert lines == [train.epoch_line(row, "test") for row in (rows[0], rows[-1])]
     last = rows[-1]["test_top1"], rows[-1]["best_top1"]
     assert f"last epoch {last[0]:.2f} %, best {last[1]:.2f} % (selected on test)" in sample
-    teacher = evaluation.read_run(ROOT / "results/default-run/teacher-resnet14/seed0")[1][-1]
+    teacher = read_run(ROOT / "results/default-run/teacher-resnet14/seed0")[1][-1]
     assert f"{teacher['test_top1']:.2f} % test top-1" in sample
 
 
@@ -206,7 +185,7 @@ def test_each_committed_run_has_its_settings_and_every_epoch():
     runs = sorted((ROOT / "results").rglob("metrics.jsonl"))
     assert runs
     for path in runs:
-        config, rows = evaluation.read_run(path.parent)
+        config, rows = read_run(path.parent)
         assert [row["epoch"] for row in rows] == list(range(1, config["epochs"] + 1)), path
         assert (path.parent / "env.json").exists()
 

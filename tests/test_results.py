@@ -1,21 +1,20 @@
-"""results/run.py: its rows are experiments that train.py takes, and sharing a teacher's logits
-changes no digit."""
-import importlib.util
+"""results/: the rows of run.py are experiments that train.py takes, sharing a teacher's logits
+changes no digit, and the pages say what the logs show."""
 import json
 import re
 import shutil
 from pathlib import Path
 
 import pytest
-from test_eval import write_run
 
 import eval as evaluation
 import train
+from results import pages
+from results import run as runner
+from support.plots import BLUE
+from support.tables import difference, holm, interval, last_top1, read_rows, top1_difference
 
 ROOT = Path(__file__).parent.parent
-SPEC = importlib.util.spec_from_file_location("results_run", ROOT / "results/run.py")
-runner = importlib.util.module_from_spec(SPEC)
-SPEC.loader.exec_module(runner)
 
 
 @pytest.mark.parametrize("group", runner.GROUPS)
@@ -41,20 +40,21 @@ def test_rows_of_a_family_share_their_rate():
     for row, flags in runner.GROUPS["glyphs"][0].items():
         words = flags.split()
         assert words.count("--lr") == 1
-        rates.setdefault(runner.family(runner.LADDER[row]), set()).add(
+        rates.setdefault(runner.rate_of(runner.LADDER[row]), set()).add(
             words[words.index("--lr") + 1])
     assert {name: len(rate) for name, rate in rates.items()} == dict.fromkeys(
         ("ce", "kd", "sld", "dkd", "rld"), 1)
-    assert runner.family(runner.SIX) == "sld" and runner.family(runner.LADDER["04-kd-both"]) == "kd"
+    assert runner.rate_of(runner.SIX) == "sld"
+    assert runner.rate_of(runner.LADDER["04-kd-both"]) == "kd"
 
 
 @pytest.mark.parametrize("group, chosen", [("omega", runner.OMEGA),
                                            ("ce-weight", runner.CE_WEIGHT)])
 def test_what_the_ladder_takes_is_the_best_of_its_grid_and_inside_it(group, chosen):
     means = {}
-    for row in evaluation.read_rows(ROOT / "results" / f"tuning-{group}").values():
+    for row in read_rows(ROOT / "results" / f"tuning-{group}").values():
         config, _ = next(iter(row.values()))
-        by_seed = evaluation.last_top1(row)
+        by_seed = last_top1(row)
         means[config[group.replace("-", "_")]] = sum(by_seed.values()) / len(by_seed)
     assert chosen == max(means, key=means.get) and min(means) < chosen < max(means)
 
@@ -81,10 +81,10 @@ def test_shared_logits_change_no_digit(short, monkeypatch):
 
 
 def test_mistakes_are_counted_as_eval_counts_them(short, color_teacher, command, monkeypatch):
-    monkeypatch.setattr(runner, "ROOT", Path())
+    monkeypatch.setattr(pages, "ROOT", Path())
     for row, method in (("1-ce", "ce"), ("2-kd", "kd")):
         # Students alone do not say who teaches the others.
-        runner.count_mistakes(Path("group"))
+        pages.count_mistakes(Path("group"))
         train.run(short(epochs=1, method=method), f"group/{row}/seed0")
     assert not Path("group/1-ce/seed0/mistakes.json").exists()
     # One that was cut off is counted when it is whole.
@@ -92,7 +92,7 @@ def test_mistakes_are_counted_as_eval_counts_them(short, color_teacher, command,
     shutil.copytree("group/2-kd/seed0", cut)
     config = json.loads((cut / "config.json").read_text())
     train.write_json(cut / "config.json", config | dict(epochs=2))
-    runner.count_mistakes(Path("group"))
+    pages.count_mistakes(Path("group"))
     assert not (cut / "mistakes.json").exists()
     for row in ("1-ce", "2-kd"):
         report = json.loads(Path(f"group/{row}/seed0/mistakes.json").read_text())
@@ -108,24 +108,24 @@ def test_the_table_of_mistakes():
             folder.mkdir(parents=True)
             train.write_json(folder / "mistakes.json", dict(
                 teacher_errors=10, teacher_errors_made=made, teacher_errors_avoided=avoided))
-    first, second = runner.mistakes_table("group", "1-ce").splitlines()[2:]
+    first, second = pages.mistakes_table("group", "1-ce").splitlines()[2:]
     assert first == "| 1-ce | 2 | 15.0 | - | - | 80.0 | - | - |"
     # Student's t of one degree of freedom: 12.71 times the standard error, which is 10 here.
     none = "+0.0 (-127.1 to +127.1) | 1"
     assert second == f"| 2-sld | 2 | 15.0 | {none} | 80.0 | {none} |"
 
 
-def test_the_table_of_claims(tmp_path, monkeypatch):
+def test_the_table_of_claims(tmp_path, write_run, monkeypatch):
     """Of two claims whose rows are there, one is as sure as can be, and p counts both."""
-    monkeypatch.setattr(runner, "CLAIMS", {"far": ("b", "a"), "none": ("c", "a"),
+    monkeypatch.setattr(pages, "CLAIMS", {"far": ("b", "a"), "none": ("c", "a"),
                                            "absent": ("z", "a")})
     for row, top1 in dict(a=(50, 50, 50), b=(52, 52.1, 51.9), c=(51, 49, 50)).items():
         for seed, value in enumerate(top1):
             folder = write_run(tmp_path / row / f"seed{seed}", [value], seed=seed)
             train.write_json(folder / "mistakes.json", dict(
                 teacher_errors=10, teacher_errors_made=seed + (row == "c")))
-    raw = evaluation.difference(*(evaluation.read_rows(tmp_path)[row] for row in "ba"))[3]
-    _, _, far, none = runner.claims_table(tmp_path).splitlines()
+    raw = top1_difference(*(read_rows(tmp_path)[row] for row in "ba"))[3]
+    _, _, far, none = pages.claims_table(tmp_path).splitlines()
     assert far == ("| far | b minus a | +2.00 (+1.75 to +2.25) | "
                    f"{2 * raw:.2g} | +0.0 (+0.0 to +0.0) | 1 |")
     assert none == ("| none | c minus a | +0.00 (-2.48 to +2.48) | 1 | "
@@ -139,26 +139,26 @@ def test_the_other_tables_are_what_the_files_give(kind):
     assert tables
     for what, shown in tables:
         folder, *against = what.split(" against ")
-        assert shown == runner.TABLES[kind](ROOT / folder, *against)
+        assert shown == pages.TABLES[kind](ROOT / folder, *against)
 
 
 def test_the_readme_says_of_the_ladder_what_its_logs_show():
     text = " ".join((ROOT / "README.md").read_text("utf-8").split())
-    rows = evaluation.read_rows(ROOT / "results/glyphs")
+    rows = read_rows(ROOT / "results/glyphs")
     assert {len(row) for row in rows.values()} == {5} and "five seeds" in text
     kd, sld = "05-kd-both-T1to6", "09-sld"
-    made, right = (runner.shares_of(ROOT / "results/glyphs", key) for key in ("made", "avoided"))
+    made, right = (pages.mistakes_of(ROOT / "results/glyphs", key) for key in ("made", "avoided"))
     alone, taught = (sum(made[row].values()) / 5 for row in ("01-ce-weak", kd))
     assert f"a student repeats {alone:.0f} % of the teacher's, taught by KD {taught:.0f} %" in text
-    p = evaluation.holm({row: runner.minus(right[row], right[kd])[3] for row in rows if row != kd})
-    gain = runner.minus(right[sld], right[kd])[0]
+    p = holm({row: difference(right[row], right[kd]) for row in rows if row != kd})
+    gain = difference(right[sld], right[kd])[0]
     assert f"SLD gets {gain:.1f} points more of them right" in text and p[sld] < 0.05
     # The teacher errs on 15 % of the images.
     assert 0.4 < 0.15 * gain < 0.6 and "of all images it is half a point" in text
 
-    top1 = {pair: evaluation.difference(*(rows[row] for row in pair))
-            for pair in runner.CLAIMS.values()}
-    p = evaluation.holm({pair: d[3] for pair, d in top1.items()})
+    top1 = {pair: top1_difference(*(rows[row] for row in pair))
+            for pair in pages.CLAIMS.values()}
+    p = holm(top1)
     assert (f"SLD lies {top1[sld, kd][0]:.2f} points above row 05, and "
             f"{-top1[sld, '04-kd-both'][0]:.2f} below row 04" in text and "neither shown" in text)
     assert f"costs {top1[sld, '08-both-swaps'][0]:.1f} points" in text
@@ -168,35 +168,35 @@ def test_the_readme_says_of_the_ladder_what_its_logs_show():
     page = " ".join((ROOT / "results/README.md").read_text("utf-8").split())
     weak, both = (top1[sld, row][0] for row in ("03-kd-weak", "04-kd-both"))
     assert f"KD is {weak:.2f} points below it, on both views {-both:.2f} above. Row 04" in page
-    means = {row: sum(evaluation.last_top1(rows[row]).values()) for row in rows}
+    means = {row: sum(last_top1(rows[row]).values()) for row in rows}
     assert max(means, key=means.get) == "04-kd-both"
 
-    photographs = evaluation.read_rows(ROOT / "results/cifar100")
+    photographs = read_rows(ROOT / "results/cifar100")
     assert {len(row) for row in photographs.values()} == {3} and "three on CIFAR-100" in text
-    ours = {row: evaluation.difference(photographs[sld], photographs[row])
+    ours = {row: top1_difference(photographs[sld], photographs[row])
             for row in photographs if row != sld}
     more_ce = "14-kd-both-T1to6-more-ce"
     assert (f"On CIFAR-100 SLD lies {ours[kd][0]:.2f} points above row 05 and "
             f"{ours[more_ce][0]:.2f} above row 14") in text
-    vit = evaluation.read_rows(ROOT / "results/glyphs-vit")
+    vit = read_rows(ROOT / "results/glyphs-vit")
     assert {len(row) for row in vit.values()} == {5}
-    below = evaluation.difference(vit[sld], vit[kd])
+    below = top1_difference(vit[sld], vit[kd])
     assert f"with a ViT on glyphs {-below[0]:.2f} below row 05: none is shown" in text
     assert min(d[3] for d in (ours[kd], ours[more_ce], below)) > 0.05
 
 
 def test_what_the_text_says_of_cifar100():
     text = " ".join((ROOT / "results/README.md").read_text("utf-8").split())
-    rows = evaluation.read_rows(ROOT / "results/cifar100")
+    rows = read_rows(ROOT / "results/cifar100")
     weak = rows["03-kd-weak"]
-    other = evaluation.read_rows(ROOT / "results/cifar100-kd-rate")["kd-lr0.2"]
-    six, sld = ([evaluation.difference(rows[row], kd)[0] for kd in (weak, other)]
+    other = read_rows(ROOT / "results/cifar100-kd-rate")["kd-lr0.2"]
+    six, sld = ([top1_difference(rows[row], kd)[0] for kd in (weak, other)]
                 for row in ("05-kd-both-T1to6", "09-sld"))
     assert f"bring KD {six[0]:.1f} points over one view at KD's." in text
-    assert f"with 0.2 it has {evaluation.difference(other, weak)[0]:.1f} points more" in text
+    assert f"with 0.2 it has {top1_difference(other, weak)[0]:.1f} points more" in text
     assert "by {:.1f} points, or {:.1f} at the better".format(*sld) in text
     assert "without a swap, by {:.1f} or {:.1f}.".format(*six) in text
-    means = [evaluation.interval([*evaluation.last_top1(rows[row]).values()])[0]
+    means = [interval([*last_top1(rows[row]).values()])[0]
              for row in ("06-teacher-swap", "09-sld", "14-kd-both-T1to6-more-ce")]
     assert max(means) - min(means) < 0.2 and "within 0.2 points of one another" in text
     # The same images, of which the teacher misreads the same weak views.
@@ -208,7 +208,7 @@ def test_what_the_text_says_of_cifar100():
 def test_what_the_text_says_of_the_teacher_that_is_nearly_always_right():
     text = " ".join((ROOT / "results/README.md").read_text("utf-8").split())
     text = text[text.index("### A teacher that is nearly always right"):]
-    rows, small = (evaluation.read_rows(ROOT / "results" / group)
+    rows, small = (read_rows(ROOT / "results" / group)
                    for group in ("cifar100-strong", "cifar100"))
     kd = "05-kd-both-T1to6"
     weak, strong = ([epoch[f"swap_teacher_{view}"] for row in rows.values()
@@ -216,7 +216,7 @@ def test_what_the_text_says_of_the_teacher_that_is_nearly_always_right():
                     for view in ("weak", "strong"))
     assert f"on {sum(weak) / len(weak):.1f} % of the weak views" in text
     assert f"on {sum(strong) / len(strong):.0f} % of the strong ones" in text
-    top1 = {row: evaluation.last_top1(rows[row]) for row in rows}
+    top1 = {row: last_top1(rows[row]) for row in rows}
     assert {len(row) for row in rows.values()} == {3}
     assert "three seeds show no effect" in (ROOT / "README.md").read_text("utf-8")
     above = {row: [top1[row][seed] > top1[kd][seed] for seed in range(3)] for row in rows}
@@ -224,42 +224,42 @@ def test_what_the_text_says_of_the_teacher_that_is_nearly_always_right():
     assert "above row 05 with two seeds and below it with one" in text
     means = [sum(values.values()) / 3 for values in top1.values()]
     assert max(means) - min(means) < 0.2 and "lie within 0.2 points of one another" in text
-    less = evaluation.difference(rows[kd], small[kd])[0]
-    made = runner.shares_of(ROOT / "results/cifar100-strong", "made")[kd]
+    less = top1_difference(rows[kd], small[kd])[0]
+    made = pages.mistakes_of(ROOT / "results/cifar100-strong", "made")[kd]
     assert f"05 ends {-less:.1f} points below what resnet20 brings it to" in text
     assert f"repeats {sum(made.values()) / 3:.0f} % of its teacher's mistakes" in text
 
 
 def test_what_the_text_says_of_the_vits_ladder():
     text = " ".join((ROOT / "results/README.md").read_text("utf-8").split())
-    rows = evaluation.read_rows(ROOT / "results/glyphs-vit")
-    made = runner.shares_of(ROOT / "results/glyphs-vit", "made")
+    rows = read_rows(ROOT / "results/glyphs-vit")
+    made = pages.mistakes_of(ROOT / "results/glyphs-vit", "made")
     kd, weak, swaps = "05-kd-both-T1to6", "03-kd-weak", ("06-teacher-swap", "09-sld")
-    gains = [evaluation.difference(rows[row], rows[weak])[0] for row in (kd, "09-sld")]
+    gains = [top1_difference(rows[row], rows[weak])[0] for row in (kd, "09-sld")]
     assert "over KD on one view {:.1f} points, SLD {:.1f})".format(*gains) in text
-    differences = [evaluation.difference(rows[row], rows[kd]) for row in swaps]
+    differences = [top1_difference(rows[row], rows[kd]) for row in swaps]
     assert max(d[0] for d in differences) < 0 < min(d[2] for d in differences)
     low, high = min(d[1] for d in differences), max(d[2] for d in differences)
     assert f"with intervals from {low:+.1f} to {high:+.1f}." in text
     taught, alone = (sum(made[row].values()) / 5 for row in (kd, "01-ce-weak"))
     assert f"({taught:.0f} % of the teacher's against {alone:.0f} % alone)" in text
-    p = evaluation.holm({row: runner.minus(made[row], made[kd])[3] for row in rows if row != kd})
+    p = holm({row: difference(made[row], made[kd]) for row in rows if row != kd})
     assert min(p[row] for row in swaps) > 0.05
 
 
-def test_the_figure_of_the_differences(tmp_path, monkeypatch):
+def test_the_figure_of_the_differences(tmp_path, write_run, monkeypatch):
     """A group that is cut off, or lacks row 5, is left out; a mark is filled where p < 0.05."""
-    monkeypatch.setattr(runner, "ROOT", tmp_path)
+    monkeypatch.setattr(pages, "ROOT", tmp_path)
     for row, top1 in {"05-kd-both-T1to6": (50, 50, 50), "06-far": (52, 52.1, 51.9),
                       "07-none": (51, 49, 50)}.items():
         for seed, value in enumerate(top1):
             write_run(tmp_path / "results/glyphs" / row / f"seed{seed}", [value], seed=seed)
     write_run(tmp_path / "results/cifar100/01-ce-weak/seed0", [50], seed=0)
-    assert [*runner.ladders()] == ["glyphs"]
+    assert [*pages.ladders()] == ["glyphs"]
     write_run(tmp_path / "results/cifar100/05-kd-both-T1to6/seed0", [50], seed=0, epochs=2)
-    (ax,) = runner.draw_differences(runner.ladders()).axes
+    (ax,) = pages.draw_differences(pages.ladders()).axes
     assert [label.get_text() for label in ax.get_yticklabels()] == ["06-far", "07-none"]
     faces = [line.get_markerfacecolor() for line in ax.lines if line.get_marker() == "o"]
-    assert faces == [evaluation.BLUE, "white"]
+    assert faces == [BLUE, "white"]
     middles = [line.get_xdata()[0] for line in ax.lines if line.get_marker() == "o"]
     assert middles == pytest.approx([2, 0])

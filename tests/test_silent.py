@@ -12,9 +12,10 @@ from test_bad_input import refused
 import data
 import eval as evaluation
 import train
-from eval import load_model, measure, predict
+from eval import measure, predict
 from models import create_model
 from support import glyphs
+from support.checkpoints import load_model
 
 
 def top1_of(report):
@@ -108,6 +109,13 @@ def test_a_table_does_not_mix_folders_of_images(colors, color_teacher, base, com
         assert command(train, *flags, f"t/{name}/seed0", "--method", "ce", "--teacher", "x")[0] == 2
         flags = flags[:flags.index("--teacher")] + flags[flags.index("--device"):]
         assert command(train, *flags, f"t/{name}/seed0", "--method", "ce")[0] == 0
+    status, out, _ = command(evaluation, "--table", "t")
+    _, a, b = out.split("**images ")
+    assert status == 0 and "\n| a |" in a and "| b |" not in a and "\n| b |" in b
+    # The seeds of a row neither.
+    shutil.move("t/b/seed0", "t/a/seed1")
+    config = json.loads(Path("t/a/seed1/config.json").read_text())
+    Path("t/a/seed1/config.json").write_text(json.dumps(config | dict(seed=1)))
     refused(command(evaluation, "--table", "t"), "mixes runs of different images")
 
 
@@ -135,7 +143,8 @@ def test_numbers_beyond_reason_are_said_by_name(base, command, arguments):
     ("--plot run --dataset glyphs", "--dataset"), ("x.pt --against 1-ce", "--against"),
     ("x.pt --predict a.png --dataset glyphs", "--dataset"),
     ("x.pt --predict a.png --teacher-checkpoint y.pt", "--teacher-checkpoint"),
-    ("--table t --image-size 16", "--image-size")])
+    ("--table t --image-size 16", "--image-size"), ("--table t --output x.png", "--output"),
+    ("x.pt --output x.png", "--output")])
 def test_eval_refuses_flags_without_effect(command, flags, culprit):
     refused(command(evaluation, *flags.split()), f"{culprit}: has no effect with")
 

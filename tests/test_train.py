@@ -12,6 +12,7 @@ import data
 import eval as evaluation
 import losses
 import train
+from support.checkpoints import load_model
 from support.photographs import centre
 from train import Settings, learning_rate, resolve, run
 
@@ -219,7 +220,7 @@ def train_one_epoch(s, teacher, epoch=1):
 def test_an_epoch_is_the_plain_loop(short, color_teacher):
     """The twenty lines a reader would write: (S6) for each view, a kl call for each temperature."""
     s = resolve(short(gamma=0, amp=False, lr=1e-3))
-    teacher = evaluation.load_model(color_teacher)[0].requires_grad_(False)
+    teacher = load_model(color_teacher)[0].requires_grad_(False)
     ours, sums = train_one_epoch(s, teacher)
 
     loaded = data.load(s.dataset, s.data_dir, s.image_size)
@@ -275,7 +276,7 @@ def test_the_teacher_is_frozen_and_outside(short, color_teacher, monkeypatch, me
 
 def test_the_teacher_sees_the_very_tensors_that_the_student_sees(short, color_teacher):
     s = resolve(short())
-    teacher = evaluation.load_model(color_teacher)[0].requires_grad_(False)
+    teacher = load_model(color_teacher)[0].requires_grad_(False)
     seen = []
     teacher.register_forward_hook(lambda module, x, out: seen.append(x[0].clone()))
     watched = []

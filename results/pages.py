@@ -1,0 +1,190 @@
+"""Bring the two READMEs up to date with the logs in results/:  python results/pages.py
+
+Makes anew every table between <!-- KIND: FOLDER --> and <!-- end -->, as TABLES says, and
+results/differences.png. Before that the teacher's mistakes are counted, into mistakes.json beside
+the log, for each student whose weights are here and who has no such file yet.
+"""
+import contextlib
+import json
+import re
+import sys
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT))
+
+import numpy as np  # noqa: E402
+from matplotlib.figure import Figure  # noqa: E402
+
+from data import load  # noqa: E402
+from eval import inheritance, predict  # noqa: E402
+from support.checkpoints import load_model  # noqa: E402
+from support.errors import UserError  # noqa: E402
+from support.files import atomic_write  # noqa: E402
+from support.plots import BLUE, ORANGE  # noqa: E402
+from support.tables import (  # noqa: E402
+    comparison_cells,
+    difference,
+    holm,
+    is_finished,
+    markdown,
+    read_rows,
+    read_run,
+    table,
+    top1_difference,
+)
+
+# Groups of runs, of results/run.py, whose students' mistakes are counted.
+MISTAKES = ("glyphs", "glyphs-vit", "cifar100", "cifar100-strong")
+# The row that the ladder is compared with: KD with the views, temperatures and rate of SLD.
+KD = "05-kd-both-T1to6"
+# What the paper claims, and the two rows that differ in it.
+CLAIMS = {
+    "the teacher's wrong top-1 misleads": ("06-teacher-swap", KD),
+    "swapping beats adding": ("06-teacher-swap", "07-GA-teacher"),
+    "two teachers beat one": ("09-sld", "06-teacher-swap"),
+    "the schedule helps": ("09-sld", "08-both-swaps"),
+    "better than KD": ("09-sld", "03-kd-weak"),
+    "better than KD on both views": ("09-sld", "04-kd-both"),
+    "better than KD on both views at six temperatures": ("09-sld", KD),
+    "better than DKD": ("09-sld", "16-dkd-both"),
+    "better than RLD": ("09-sld", "17-rld-both"),
+    "more than a larger weight of CE": ("06-teacher-swap", "14-kd-both-T1to6-more-ce"),
+}
+
+
+# --- The teacher's mistakes -----------------------------------------------------------------------
+
+def count_mistakes(group):
+    """Write mistakes.json beside each finished log below the folder `group` whose weights are here:
+    `eval.inheritance` on the test images, also of students that had no teacher."""
+    runs = {path.parent: read_run(path.parent) for path in sorted(group.glob("*/*/last.pt"))}
+    runs = {run: config for run, (config, epochs) in runs.items() if is_finished(config, epochs)}
+    config = next((c for c in runs.values() if c["teacher_checkpoint"]), None)
+    missing = [run for run in runs if not (run / "mistakes.json").exists()]
+    if config is None or not missing:
+        return
+    data = load(config["dataset"], ROOT / config["data_dir"], config["image_size"], train=False)
+
+    def logits_of(path, name=None):
+        model, _ = load_model(path, name, data)
+        return predict(model, data.test[0], data.mean, data.std)
+
+    teacher = logits_of(ROOT / config["teacher_checkpoint"], config["teacher"])
+    for run in missing:
+        report = inheritance(logits_of(run / "last.pt"), teacher, data.test[1])
+        with atomic_write(run / "mistakes.json") as file:
+            file.write((json.dumps(report, indent=1) + "\n").encode())
+
+
+def mistakes_of(folder, key):
+    """{row: {seed: teacher_errors_<key>, in % of the teacher's errors}} of mistakes.json."""
+    shares = {}
+    for path in sorted(Path(folder).glob("*/*/mistakes.json")):
+        report = json.loads(path.read_text("utf-8"))
+        seed = int(path.parent.name.removeprefix("seed"))
+        shares.setdefault(path.parts[-3], {})[seed] = (
+            100 * report[f"teacher_errors_{key}"] / max(1, report["teacher_errors"]))
+    return shares
+
+
+# --- The tables -----------------------------------------------------------------------------------
+
+def mistakes_table(folder, against):
+    """Markdown: what the rows below `folder` make of the teacher's errors, and the difference to
+    the row `against`, with Holm's p over the rows."""
+    made, avoided = mistakes_of(folder, "made"), mistakes_of(folder, "avoided")
+    parts = [(by_row, comparison_cells({row: difference(by_row[row], by_row[against])
+                                        for row in by_row if row != against}, 1))
+             for by_row in (made, avoided)]
+    lines = []
+    for row in made:
+        lines.append([row, str(len(made[row]))])
+        for by_row, cells in parts:
+            lines[-1] += [f"{np.mean([*by_row[row].values()]):.1f}", *cells.get(row, "--")]
+    compared = [f"difference to {against} (95 % interval)", "p (Holm)"]
+    return markdown(["run", "n", "the teacher's answer too, %", *compared, "right instead, %",
+                     *compared], lines)
+
+
+def claims_table(folder):
+    """Markdown: the claims whose two rows are below `folder`, and their differences in top-1 and in
+    the share of the teacher's errors that a student makes too, with Holm's p over the claims."""
+    rows, made = read_rows(folder), mistakes_of(folder, "made")
+    pairs = {claim: pair for claim, pair in CLAIMS.items() if {*pair} <= {*rows}}
+    top1 = comparison_cells({claim: top1_difference(rows[a], rows[b])
+                             for claim, (a, b) in pairs.items()}, 2)
+    mistakes = comparison_cells({claim: difference(made[a], made[b])
+                                 for claim, (a, b) in pairs.items()}, 1)
+    return markdown(["claim", "rows", "top-1, points (95 % interval)", "p (Holm)",
+                     "the teacher's mistakes made too, points (95 % interval)", "p (Holm)"],
+                    [[claim, " minus ".join(pair), *top1[claim], *mistakes[claim]]
+                     for claim, pair in pairs.items()])
+
+
+def results_table(folder, against=None):
+    return table(read_rows(folder), against)
+
+
+TABLES = {"table": results_table, "mistakes": mistakes_table, "claims": claims_table}
+
+
+def fill_tables():
+    """Make anew the tables of both READMEs whose groups are whole."""
+    def fill(match):
+        kind, what = match.groups()
+        folder, *against = what.split(" against ")
+        try:
+            made = TABLES[kind](ROOT / folder, *against)
+        except (UserError, KeyError) as error:
+            print(f"table left as it is: {error}")
+            return match[0]
+        return f"<!-- {kind}: {what} -->\n{made}\n<!-- end -->"
+
+    block = re.compile(rf"<!-- ({'|'.join(TABLES)}): (.*?) -->\n.*?<!-- end -->", re.S)
+    for page in (ROOT / "README.md", ROOT / "results/README.md"):
+        page.write_text(block.sub(fill, page.read_text("utf-8")), "utf-8")
+
+
+# --- The figure -----------------------------------------------------------------------------------
+
+def ladders():
+    """{title: rows} of the ladders that have the row KD, and no run that was cut off."""
+    found = {}
+    for title, group in (("glyphs", "glyphs"), ("CIFAR-100", "cifar100")):
+        with contextlib.suppress(UserError):
+            found[title] = read_rows(ROOT / "results" / group)
+    return {title: rows for title, rows in found.items() if KD in rows}
+
+
+def draw_differences(ladders):
+    """Figure of the rows of each of the `ladders`, minus the row KD of the same: mean and 95 %
+    interval; filled where Holm's p is below 0.05."""
+    figure = Figure(figsize=(9, 4.5), dpi=120, layout="constrained")
+    axes = figure.subplots(1, len(ladders), squeeze=False)[0]
+    for ax, (title, rows) in zip(axes, ladders.items()):
+        differences = {name: top1_difference(rows[name], rows[KD]) for name in rows if name != KD}
+        p = holm(differences)
+        for y, (name, found) in enumerate(differences.items()):
+            colour = BLUE if found.mean > 0 else ORANGE
+            face = colour if p.get(name, 1) < 0.05 else "white"
+            ax.plot([found.low, found.high], [y, y], color=colour)
+            ax.plot(found.mean, y, "o", color=colour, markerfacecolor=face)
+        ax.axvline(0, color="grey", lw=1)
+        ax.set(title=title, yticks=range(len(differences)), yticklabels=differences,
+               xlabel="top-1 minus that of 05, points")
+        ax.invert_yaxis()
+        ax.spines[["top", "right"]].set_visible(False)
+    return figure
+
+
+def update():
+    for group in MISTAKES:
+        count_mistakes(ROOT / "results" / group)
+    fill_tables()
+    if found := ladders():
+        draw_differences(found).savefig(ROOT / "results/differences.png")
+
+
+if __name__ == "__main__":
+    update()

@@ -1,0 +1,77 @@
+"""Where the tensors live: the device, its precision, the order in which it likes an image's
+numbers, and what is worth knowing about the machine."""
+import platform
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import torch
+import torchvision
+
+from support.errors import UserError
+
+
+def pick_device(name):
+    """The torch.device of that name: "cpu", "cuda", "mps", or "auto" for the fastest one here.
+
+    Also tells cuDNN to keep float32 at its full precision and to give the same result twice.
+    Raises UserError where this machine has no such device.
+    """
+    available = dict(cpu=True, cuda=torch.cuda.is_available(),
+                     mps=torch.backends.mps.is_available())
+    if name == "auto":
+        name = next(kind for kind in ("cuda", "mps", "cpu") if available[kind])
+    if not available[name]:
+        raise UserError(f"--device {name}: not available here; leave the flag out or give cpu")
+    # By default CUDA rounds the inputs of float32 convolutions to TF32, which keeps 10 bits, and
+    # chooses algorithms that differ from run to run.
+    torch.backends.cudnn.allow_tf32, torch.backends.cudnn.deterministic = False, True
+    return torch.device(name)
+
+
+def layout(device):
+    """The memory format of images and weights: channels_last, which convolutions are fastest with.
+
+    Not on MPS: there the backward pass of batch norm in channels_last is wrong, or raises, in many
+    versions of torch (pytorch/pytorch#175189).
+    """
+    return torch.contiguous_format if device.type == "mps" else torch.channels_last
+
+
+def amp_by_default(device):
+    """Any GPU gains from mixed precision; of CPUs only those with bfloat16 instructions."""
+    has_bf16 = getattr(torch.cpu, "_is_avx512_bf16_supported", lambda: False)
+    return device.type == "cuda" or device.type == "cpu" and has_bf16()
+
+
+def mixed_precision(device, on):
+    """(autocast, GradScaler): bfloat16, which needs no scaler; on a GPU without it float16, whose
+    small gradients the scaler keeps from underflow."""
+    older = device.type == "cuda" and not torch.cuda.is_bf16_supported(including_emulation=False)
+    dtype = torch.float16 if older else torch.bfloat16
+    scaler = torch.amp.GradScaler(device.type, enabled=on and dtype == torch.float16)
+    return torch.autocast(device.type, dtype, enabled=on), scaler
+
+
+def environment(device):
+    """Where a run was made: versions, processor or GPU, threads, commit and command."""
+    def output(*command):
+        done = subprocess.run(command, cwd=Path(__file__).parent, capture_output=True, text=True)
+        return done.stdout.strip()
+    try:
+        commit = output("git", "rev-parse", "HEAD")
+        commit += "-dirty" if commit and output("git", "status", "--porcelain", "-uno") else ""
+    except OSError:
+        # No git here.
+        commit = ""
+    name = torch.cuda.get_device_name() if device.type == "cuda" else platform.processor()
+    if not name and Path("/proc/cpuinfo").exists():
+        # Linux leaves platform.processor() empty.
+        name = re.search(r"model name\s*: (.*)|$", Path("/proc/cpuinfo").read_text())[1]
+    return dict(python=platform.python_version(), torch=torch.__version__,
+                torchvision=torchvision.__version__, system=platform.system(),
+                machine=platform.machine(), device=device.type, device_name=name,
+                cpu_capability=torch.backends.cpu.get_cpu_capability(),
+                threads=torch.get_num_threads(), commit=commit or None,
+                command=" ".join(["train.py", *sys.argv[1:]]))

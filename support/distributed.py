@@ -1,0 +1,66 @@
+"""Several processes of one run, as torchrun starts them."""
+import contextlib
+import io
+import os
+import sys
+
+import torch
+import torch.distributed as dist
+
+from support.errors import UserError
+
+
+def process():
+    """(number of this process, number of all); (0, 1) except under torchrun."""
+    return (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
+
+
+@contextlib.contextmanager
+def several_processes(device):
+    """Under torchrun: this process joins the others, with a GPU of its own where there are any.
+    Only the first one prints. device: the flag, or None."""
+    if os.environ.get("WORLD_SIZE", "1") == "1":
+        yield
+        return
+    gpu = torch.cuda.is_available() and device != "cpu"
+    if gpu:
+        if int(os.environ["LOCAL_RANK"]) >= torch.cuda.device_count():
+            raise UserError(f"--nproc-per-node: there are {torch.cuda.device_count()} GPUs here; "
+                            "start as many processes, or give --device cpu")
+        torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
+    dist.init_process_group("nccl" if gpu else "gloo", device_id=(
+        torch.device("cuda", torch.cuda.current_device()) if gpu else None))
+    try:
+        quiet = io.StringIO() if dist.get_rank() else sys.stdout
+        with contextlib.redirect_stdout(quiet):
+            yield
+        # gloo in torch 2.6 can hang on shutdown if rank 0 exits first. Where a process failed it
+        # says so itself.
+        with contextlib.suppress(RuntimeError):
+            dist.barrier()
+    finally:
+        dist.destroy_process_group()
+
+
+def by_the_first(choose):
+    """choose(), which looks at files, as the first process of all sees them once all are here. A
+    UserError that it raises is raised in every process."""
+    rank, world = process()
+    if world == 1:
+        return choose()
+    dist.barrier()
+    found = [None]
+    if rank == 0:
+        try:
+            found = [choose()]
+        except UserError as error:
+            found = [error]
+    dist.broadcast_object_list(found)
+    if isinstance(found[0], UserError):
+        raise found[0]
+    return found[0]
+
+
+def device_of_group():
+    """The name of the device that the processes of this run work on."""
+    return "cuda" if dist.get_backend() == "nccl" else "cpu"

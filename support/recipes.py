@@ -1,0 +1,111 @@
+"""How a table of recipes, train.RECIPES, becomes the settings of one experiment."""
+import dataclasses
+import inspect
+
+import losses
+from data import DATASETS
+from models import check_name, check_size
+from support.errors import UserError, as_user_error
+from support.networks import TORCHVISION
+from support.settings import check_sense, check_values, flag
+
+# Families of networks that train with AdamW.
+TRANSFORMERS = ("vit", "swin", "maxvit", "convnext")
+
+
+def optimizer_of(network):
+    return "adamw" if network.startswith(TRANSFORMERS) else "sgd"
+
+
+def row_of(s, table):
+    """The row of the table that resolved settings s were filled in from."""
+    return table[_key(s.dataset, s.optimizer, s.student, s.pretrained)]
+
+
+def _key(dataset, optimizer, student, pretrained):
+    if dataset == "folder" and pretrained and student in TORCHVISION:
+        return "pretrained", optimizer
+    return dataset.rstrip("0123456789"), optimizer
+
+
+def drops(s, table):
+    """The epochs after which the schedule "step" goes down."""
+    row = row_of(s, table)
+    return sorted({round(m * s.epochs / row["of"]) for m in row["drops"]})
+
+
+def defaults_of(method):
+    """{setting: default} of what an objective of losses.py can be told: its keywords."""
+    keywords = [p for p in inspect.signature(losses.OBJECTIVES[method]).parameters.values()
+                if p.kind is p.KEYWORD_ONLY and p.name != "epoch"]
+    # Settings.warmup is the learning rate's.
+    return {"kd_warmup" if p.name == "warmup" else p.name: p.default for p in keywords}
+
+
+def options(s):
+    """{keyword: value} for the objective of resolved settings s."""
+    return {"warmup" if name == "kd_warmup" else name: getattr(s, name)
+            for name in defaults_of(s.method)}
+
+
+def resolve(s, table, views):
+    """The Settings s with every None filled in: from the row of the table, from the defaults of the
+    objective, and views from {method: views}. What is given always stays. Raises UserError for
+    nonsense."""
+    given = check_values(s)
+    method, dataset = given.get("method", "sld"), given.get("dataset", "glyphs")
+    refuse_foreign(given, method)
+    sizes = table[_key(dataset, "sgd", None, False)]
+    networks = {role: given.get(role, sizes[role]) for role in ("student", "teacher")
+                if role == "student" or method != "ce"}
+    for role, name in networks.items():
+        with as_user_error(f"{flag(role)} "):
+            check_name(name)
+    theirs = [name for name in networks.values() if name in TORCHVISION]
+    pretrained = given.get("pretrained", dataset == "folder") if theirs else None
+    optimizer = given.get("optimizer", optimizer_of(networks["student"]))
+    row = table[_key(dataset, optimizer, networks["student"], pretrained)]
+
+    own = defaults_of(method)
+    full = dict.fromkeys(field.name for field in dataclasses.fields(s))
+    full |= dict(method=method, dataset=dataset, data_dir="data", evaluate="test", seed=0,
+                 device="auto", optimizer=optimizer, views=views.get(method, "weak"),
+                 image_size=224 if theirs and dataset == "folder" else DATASETS[dataset].side) | own
+    for name in full.keys() & row.keys():
+        value = row[name]
+        if isinstance(value, dict):
+            # An objective that was added takes the rate of kd.
+            value = value.get(method, value["kd"] if name == "lr" else full[name])
+        if name not in ("gamma", "kd_warmup") or name in own:
+            full[name] = value
+    full |= networks | given | dict(pretrained=pretrained)
+    epochs = full["epochs"]
+    if "warmup" not in given:
+        full["warmup"] = row["warmup"] * epochs / row["of"]
+    if not full["student_swap"]:
+        full["gamma"] = None
+    elif "gamma" not in given:
+        full["gamma"] = min(round(row["gamma"] * epochs / row["of"]), epochs - 1)
+    if full["kd_warmup"] is not None and "kd_warmup" not in given:
+        full["kd_warmup"] = row["kd_warmup"] * (epochs / row["of"])
+    if method == "ce":
+        full["teacher"] = None
+    if full["temperatures"] is not None:
+        full["temperatures"] = tuple(full["temperatures"])
+    s = type(s)(**full)
+    check_sense(s, given, pretrainable=bool(theirs))
+    for name in networks.values():
+        with as_user_error(f"--image-size {s.image_size}: "):
+            check_size(name, s.image_size)
+    return s
+
+
+def refuse_foreign(given, method):
+    """Raises UserError where a flag belongs to another method than this one."""
+    def known(name):
+        return {*defaults_of(name)} | ({"teacher", "teacher_checkpoint"} if name != "ce" else set())
+    every = {name for other in losses.OBJECTIVES for name in known(other)}
+    foreign = ", ".join(flag(k) for k in given if k in every - known(method))
+    if foreign:
+        raise UserError(f"{foreign}: no part of --method {method}; leave it out, or choose another "
+                        "method")

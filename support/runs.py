@@ -1,0 +1,268 @@
+"""The folder of a run: its name, its lock, its files, and what is said when a run ends early.
+
+Holds config.json (the settings), env.json (where it was made), metrics.jsonl (a line an epoch),
+curves.png, best.pt and last.pt, with which a run goes on. Each file is whole at any moment.
+"""
+import contextlib
+import dataclasses
+import io
+import itertools
+import json
+import os
+import re
+import shlex
+from pathlib import Path
+
+import filelock
+import torch
+
+from support.checkpoints import load_model
+from support.devices import environment
+from support.distributed import by_the_first, process
+from support.errors import UserError
+from support.files import atomic_write, locked
+from support.plots import plot
+from support.settings import flag
+from support.tables import MAY_CHANGE_ON_RESUME, MAY_CHANGE_WITH_SEED
+
+FILES = r"(config\.json|env\.json|metrics\.jsonl|curves\.png|best\.pt|last\.pt)"
+
+
+# --- Folders --------------------------------------------------------------------------------------
+
+def data_name(s):
+    """The data set's name, or that of the folder of photographs."""
+    return Path(s.data_dir).resolve().name if s.dataset == "folder" else s.dataset
+
+
+def left_overs(folder):
+    """The temporary files of a process that was killed while it wrote."""
+    return [path for path in folder.iterdir() if re.fullmatch(rf"{FILES}\.\d+\.tmp", path.name)]
+
+
+def is_empty(folder):
+    return not {path.name for path in folder.iterdir()} - {
+        "lock", *(path.name for path in left_overs(folder))}
+
+
+@contextlib.contextmanager
+def opened(s, run_dir, resume):
+    """Context: the folder of a run with the settings s, which no other process trains in meanwhile.
+
+    run_dir: the folder, or None for runs/<data>-<method>-<student>/seed<seed>; where that row holds
+    runs of other settings, or this seed, the row is numbered -2, -3, … So the seeds of one
+    experiment lie beside each other, and two runs that start at once do not meet. Raises UserError
+    where a new run_dir holds something, another process trains there, or it cannot be written.
+    """
+    lock = contextlib.ExitStack()
+    folder = by_the_first(lambda: take(Path(run_dir), lock, resume) if run_dir is not None
+                          else free_folder(s, lock))
+    try:
+        yield folder
+        # The first process may still be writing what the others read next.
+        by_the_first(lambda: None)
+    finally:
+        if process()[0] == 0 and is_empty(folder):
+            # Nothing was trained.
+            (folder / "lock").unlink(missing_ok=True)
+            with contextlib.suppress(OSError):
+                folder.rmdir()
+                folder.parent.rmdir()
+        lock.close()
+
+
+def take(folder, lock, resume=False):
+    """`folder`, made where it is missing, and entered into the ExitStack `lock`."""
+    above = next(path for path in (folder, *folder.absolute().parents) if path.exists())
+    if not above.is_dir() or not os.access(above, os.W_OK):
+        raise UserError(f"--run-dir {folder}: {above} is no folder that can be written to; give "
+                        "another")
+    try:
+        lock.enter_context(locked(folder / "lock"))
+    except filelock.Timeout:
+        raise UserError(f"{folder}: another process is training there; wait until it is done, or "
+                        "give another --run-dir")
+    if not resume and not is_empty(folder):
+        again = ", or --resume to go on" if (folder / "config.json").exists() else ""
+        raise UserError(f"--run-dir {folder}: already holds a run or other files; give another"
+                        f"{again}")
+    return folder
+
+
+def free_folder(s, lock):
+    """The first folder for a run with the settings s that `take` gives."""
+    name = f"runs/{data_name(s)}-{s.method}-{s.student}"
+    for k in itertools.count(1):
+        folder = Path(name if k == 1 else f"{name}-{k}") / f"seed{s.seed}"
+        if not (folder / "config.json").exists() and all(
+                same_experiment(path, s) for path in folder.parent.glob("*/config.json")):
+            with contextlib.suppress(UserError if folder.exists() else ()):
+                return take(folder, lock)
+
+
+def same_experiment(path, s):
+    """Whether the config.json at `path` is of the settings s but for the seed."""
+    try:
+        config = json.loads(path.read_text("utf-8"))
+        return all(config.get(k) == json.loads(json.dumps(v)) for k, v in vars(s).items()
+                   if k not in MAY_CHANGE_WITH_SEED)
+    except (OSError, ValueError, AttributeError):
+        return False
+
+
+def teacher_folder(s, data, pretrained, recipe):
+    """Where the teacher that is trained for the settings s is kept. Whatever its weights depend on
+    is in the name: the images, those that it must not know, the epochs unless the recipe has its
+    own."""
+    name = data_name(s) if data.area is None else f"{data_name(s)}-{s.image_size}px"
+    if data.digests:
+        # Two folders may share a name: their images tell them apart.
+        name += f"-{data.digests[0]}"
+    if s.evaluate == "val":
+        name += "-val"
+    if pretrained:
+        name += "-pretrained"
+    if not recipe:
+        name += f"-{s.epochs}-epochs"
+    return Path(f"runs/teacher-{name}-{s.teacher}")
+
+
+def reopen(given, run_dir):
+    """(settings as a dict, checkpoint or None) of a run that goes on. given: {name: value} of the
+    flags beside --resume. Raises UserError where there is no run, or a flag would change it."""
+    if run_dir is None:
+        raise UserError("--resume: say which run with --run-dir")
+    folder = Path(run_dir)
+    if given.keys() - set(MAY_CHANGE_ON_RESUME):
+        names = ", ".join(flag(k) for k in given if k not in MAY_CHANGE_ON_RESUME)
+        raise UserError(f"--resume: {folder} goes on with its own settings; leave out {names}")
+    try:
+        config = json.loads((folder / "config.json").read_text("utf-8"))
+        if not isinstance(config, dict):
+            raise ValueError("not an object")
+    except (OSError, ValueError) as error:
+        raise UserError(f"--resume: {folder} holds no run to go on with (config.json: {error}); "
+                        "start anew with another --run-dir, or remove this one")
+    last = folder / "last.pt"
+    if not last.exists() and (folder / "metrics.jsonl").exists():
+        raise UserError(f"--resume: {last} is gone, so nothing can go on; put it back, or start "
+                        "anew with another --run-dir")
+    checkpoint = load_model(last)[1] if last.exists() else None
+    theirs = checkpoint.get("settings") if checkpoint else config
+    fixed = [{k: v for k, v in json.loads(json.dumps(each, default=str)).items()
+              if v is not None and k not in MAY_CHANGE_ON_RESUME}
+             if isinstance(each, dict) else each for each in (config, theirs)]
+    if fixed[0] != fixed[1]:
+        raise UserError(f"--resume: {last} is not a checkpoint of this run; put the run's own back")
+    return config | given, checkpoint
+
+
+# --- Files ----------------------------------------------------------------------------------------
+
+def write(path, content):
+    with atomic_write(path) as file:
+        file.write(content)
+
+
+def write_json(path, value):
+    write(path, (json.dumps(value, indent=1) + "\n").encode())
+
+
+def write_metrics(folder, history):
+    write(folder / "metrics.jsonl", "".join(json.dumps(row) + "\n" for row in history).encode())
+
+
+def write_curves(folder):
+    curves = io.BytesIO()
+    plot([folder]).savefig(curves)
+    write(folder / "curves.png", curves.getvalue())
+
+
+def start(folder, s, data, learner):
+    """Write config.json and env.json where they are missing, and remove what a killed process left
+    half written."""
+    for path in left_overs(folder):
+        path.unlink()
+    if not (folder / "config.json").exists():
+        # First, since with it the run can be resumed.
+        write_json(folder / "config.json", dataclasses.asdict(s))
+    if not (folder / "env.json").exists():
+        about = environment(next(learner.student.parameters()).device)
+        write_json(folder / "env.json", about | dict(
+            processes=process()[1], teacher_digest=learner.teacher_digest, data=data.digests))
+
+
+def save(folder, s, data, learner, history):
+    """best.pt, where this epoch is the best, and last.pt, with what a resumed run needs."""
+    row = history[-1]
+    top1 = row[s.evaluate + "_top1"]
+    student = dict(
+        architecture=s.student, image_size=s.image_size, dataset=s.dataset, data_dir=s.data_dir,
+        classes=data.classes, mean=data.mean, std=data.std, method=s.method, seed=s.seed,
+        epoch=row["epoch"], evaluate=s.evaluate, top1=top1,
+        model={k: v.cpu() for k, v in learner.student.state_dict().items()})
+    resumable = student | dict(
+        optimizer=learner.optimizer.state_dict(), scaler=learner.scaler.state_dict(),
+        teacher_digest=learner.teacher_digest, data=data.digests, processes=process()[1],
+        history=history, settings=dataclasses.asdict(s))
+    for name, content in (("best.pt", student), ("last.pt", resumable)):
+        if name == "last.pt" or top1 == row["best_top1"]:
+            buffer = io.BytesIO()
+            torch.save(content, buffer)
+            write(folder / name, buffer.getvalue())
+
+
+def restore(saved, s, data, learner):
+    """Put the student, the optimiser and the scaler back as the checkpoint `saved` has them, and
+    return its history. Raises UserError where teacher or images are not those of the run."""
+    if saved["teacher_digest"] != learner.teacher_digest:
+        raise UserError(f"--resume: the run had another teacher than {s.teacher_checkpoint} is now;"
+                        " put its own back")
+    if saved.get("data", data.digests) not in (data.digests, list(data.digests or ())):
+        raise UserError(f"--data-dir {s.data_dir}: not the images of this run (names or "
+                        "pixels differ); put them back, or start anew")
+    world = process()[1]
+    if saved.get("processes", world) != world:
+        print(f"note      begun in {saved['processes']} processes, which give other numbers "
+              f"than {world}")
+    learner.student.load_state_dict(saved["model"])
+    learner.optimizer.load_state_dict(saved["optimizer"])
+    # Empty from a run without float16.
+    if saved["scaler"]:
+        learner.scaler.load_state_dict(saved["scaler"])
+    return saved["history"]
+
+
+# --- The end --------------------------------------------------------------------------------------
+
+@contextlib.contextmanager
+def report_failure(s, folder, history):
+    """Whatever ends a run early becomes one line that says what is saved and how to go on."""
+    world = process()[1]
+    launch = f"torchrun --nproc-per-node {world}" if world > 1 else "python"
+    command = f"{launch} train.py --resume --run-dir {shlex.quote(str(folder))}"
+    try:
+        yield
+    except UserError as error:
+        saved = f"epoch {len(history)} is saved" if history else "no epoch was saved"
+        raise UserError(f"{error}; {saved}")
+    except KeyboardInterrupt:
+        raise KeyboardInterrupt(f"{command} goes on after epoch {len(history)}")
+    except OSError as error:
+        saved = "no epoch is saved there"
+        if (folder / "last.pt").exists():
+            saved = f"epoch {len(history)} is safe: {command} goes on after it"
+        raise UserError(f"{folder}: cannot write epoch {len(history) + 1} "
+                        f"({error.strerror or error}); {saved}")
+    except (MemoryError, RuntimeError) as error:
+        full = isinstance(error, (MemoryError, torch.OutOfMemoryError))
+        if full or "allocate memory" in str(error):
+            raise UserError(f"--batch-size {s.batch_size}: the memory is full; try "
+                            f"--batch-size {max(1, s.batch_size // 2)}")
+        if world == 1:
+            raise
+        # gloo and nccl raise it once a process of this run is gone, but a device may too.
+        reason = str(error).strip().splitlines()[:1]
+        raise UserError(f"{folder}: another process of this run is gone, or this one failed "
+                        f"({''.join(reason)}); epoch {len(history)} is safe: {command} goes on "
+                        "after it")
