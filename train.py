@@ -281,9 +281,9 @@ def run(settings, run_dir=None, resume=False, wrap_teacher=None):
     """
     saved, (rank, world) = None, process()
     if resume:
-        theirs, saved = runs.reopen(check_values(settings), run_dir)
-        settings = Settings(**theirs)
-    s = resolve(settings)
+        s, saved = runs.reopen(check_values(settings), run_dir, lambda s: resolve(Settings(**s)))
+    else:
+        s = resolve(settings)
     device = pick_device(s.device if world == 1 else device_of_group())
     s = dataclasses.replace(s, amp=amp_by_default(device) if s.amp is None else s.amp)
     if s.cuda_graph and (device.type != "cuda" or world > 1):
@@ -345,10 +345,15 @@ def begin(s, data, device, saved, wrap_teacher):
         # The warning is of the keyword's new name, which older versions do not know.
         with warnings.catch_warnings(action="ignore"):
             parallel = DistributedDataParallel(student, broadcast_buffers=False)
+    return Learner(student, parallel, teacher, digest, make_optimizer(s, student),
+                   *mixed_precision(device, s.amp))
+
+
+def make_optimizer(s, student):
     common = dict(params=student.parameters(), lr=s.lr, weight_decay=s.weight_decay)
-    optimizer = (torch.optim.SGD(**common, momentum=0.9) if s.optimizer == "sgd"
-                 else torch.optim.AdamW(**common))
-    return Learner(student, parallel, teacher, digest, optimizer, *mixed_precision(device, s.amp))
+    if s.optimizer == "sgd":
+        return torch.optim.SGD(**common, momentum=0.9)
+    return torch.optim.AdamW(**common)
 
 
 # --- The teacher ----------------------------------------------------------------------------------

@@ -62,12 +62,6 @@ def opened(s, run_dir, resume):
         # The first process may still be writing what the others read next.
         by_the_first(lambda: None)
     finally:
-        if process()[0] == 0 and is_empty(folder):
-            # Nothing was trained.
-            (folder / "lock").unlink(missing_ok=True)
-            with contextlib.suppress(OSError):
-                folder.rmdir()
-                folder.parent.rmdir()
         lock.close()
 
 
@@ -77,6 +71,16 @@ def take(folder, lock, resume=False):
     if not above.is_dir() or not os.access(above, os.W_OK):
         raise UserError(f"--run-dir {folder}: {above} is no folder that can be written to; give "
                         "another")
+    missing = [path for path in (folder, *folder.parents) if not path.exists()]
+
+    def tidy():
+        """Where nothing was trained, leave no folder that was made here."""
+        if folder.is_dir() and is_empty(folder):
+            (folder / "lock").unlink(missing_ok=True)
+            with contextlib.suppress(OSError):
+                for path in missing:
+                    path.rmdir()
+    lock.callback(tidy)
     try:
         lock.enter_context(locked(folder / "lock"))
     except filelock.Timeout:
@@ -127,34 +131,43 @@ def teacher_folder(s, data, pretrained, recipe):
     return Path(f"runs/teacher-{name}-{s.teacher}")
 
 
-def reopen(given, run_dir):
-    """(settings as a dict, checkpoint or None) of a run that goes on. given: {name: value} of the
-    flags beside --resume. Raises UserError where there is no run, or a flag would change it."""
+def reopen(given, run_dir, resolve):
+    """(resolved settings, checkpoint or None) of a run that goes on.
+
+    given: {name: value} of the flags beside --resume. resolve: f(settings as a dict) -> resolved
+    ones. Raises UserError where there is no run, or a flag would change it.
+    """
     if run_dir is None:
         raise UserError("--resume: say which run with --run-dir")
     folder = Path(run_dir)
-    if given.keys() - set(MAY_CHANGE_ON_RESUME):
-        names = ", ".join(flag(k) for k in given if k not in MAY_CHANGE_ON_RESUME)
+    names = ", ".join(flag(k) for k in given if k not in ("data_dir", "device", "cuda_graph"))
+    if names:
         raise UserError(f"--resume: {folder} goes on with its own settings; leave out {names}")
     try:
-        config = json.loads((folder / "config.json").read_text("utf-8"))
-        if not isinstance(config, dict):
-            raise ValueError("not an object")
-    except (OSError, ValueError) as error:
+        s = resolve(json.loads((folder / "config.json").read_text("utf-8")))
+    except (OSError, ValueError, TypeError, AttributeError) as error:
         raise UserError(f"--resume: {folder} holds no run to go on with (config.json: {error}); "
                         "start anew with another --run-dir, or remove this one")
-    last = folder / "last.pt"
-    if not last.exists() and (folder / "metrics.jsonl").exists():
+    last, checkpoint = folder / "last.pt", None
+    if last.exists():
+        checkpoint = load_model(last)[1]
+        if not is_of(checkpoint, s, resolve):
+            raise UserError(f"--resume: {last} is not a checkpoint of this run; put the run's own "
+                            "back")
+    elif (folder / "metrics.jsonl").exists():
         raise UserError(f"--resume: {last} is gone, so nothing can go on; put it back, or start "
                         "anew with another --run-dir")
-    checkpoint = load_model(last)[1] if last.exists() else None
-    theirs = checkpoint.get("settings") if checkpoint else config
-    fixed = [{k: v for k, v in json.loads(json.dumps(each, default=str)).items()
-              if v is not None and k not in MAY_CHANGE_ON_RESUME}
-             if isinstance(each, dict) else each for each in (config, theirs)]
-    if fixed[0] != fixed[1]:
-        raise UserError(f"--resume: {last} is not a checkpoint of this run; put the run's own back")
-    return config | given, checkpoint
+    return dataclasses.replace(s, **given), checkpoint
+
+
+def is_of(checkpoint, s, resolve):
+    """Whether a checkpoint is one of the run with the settings s."""
+    try:
+        theirs = resolve(checkpoint["settings"])
+    except (ValueError, TypeError, KeyError, AttributeError):
+        return False
+    ours = {name: getattr(s, name) for name in MAY_CHANGE_ON_RESUME}
+    return dataclasses.replace(theirs, **ours) == s
 
 
 # --- Files ----------------------------------------------------------------------------------------

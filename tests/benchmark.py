@@ -35,6 +35,7 @@ import losses
 import models
 import train
 from support import augment, photographs
+from support.devices import environment
 from swap import swap
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
@@ -198,7 +199,7 @@ class Ours:
         ours = train.make_objective
         with open_null() as quiet, contextlib.redirect_stderr(quiet):
             if self.objective:
-                train.make_objective = lambda s, view: self.objective
+                train.make_objective = lambda s: self.objective
             train.train_epoch(self.s, 100, self.learner, self.images)
         train.make_objective = ours
 
@@ -508,7 +509,7 @@ def main():
     if args.growth:
         print(json.dumps(growth_row(args.growth)))
         return
-    start, e = time.perf_counter(), train.environment(DEVICE)
+    start, e = time.perf_counter(), environment(DEVICE)
     header = (f"{e['device_name']}, {e['threads']} threads, {e['system']}, Python {e['python']}, "
               f"PyTorch {e['torch']}, torchvision {e['torchvision']}, {DEVICE.type}, "
               f"commit {e['commit'] or 'unknown'}; medians, warm-up left out")

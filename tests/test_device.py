@@ -64,7 +64,7 @@ def test_a_network(cuda, name):
     dict(method="sld", teacher_fix="none")], ids=str)
 def test_an_objective(cuda, options):
     z_s, z_t = torch.randn(2, B, C, device=cuda)
-    objective = train.make_objective(train.resolve(train.Settings(**options)), "weak")
+    objective = train.make_objective(train.resolve(train.Settings(**options)))
     terms = objective(z_s, z_t, batch(cuda)[1], 1)
     assert {"ce"} <= set(terms)
     assert all(term.shape == () and term.device.type == "cuda" for term in terms.values())

@@ -158,7 +158,9 @@ def state():
 
 def test_whatever_is_drawn_ends_well(command, easy_glyphs, request, monkeypatch, tmp_path):
     draws, counts, slowest = request.config.getoption("--draws"), collections.Counter(), (0, "")
-    monkeypatch.setitem(train.SIZES["folder"], "epochs", 2)
+    for optimizer in ("sgd", "adamw"):
+        monkeypatch.setitem(train.RECIPES["folder", optimizer], "epochs", 2)
+        monkeypatch.setitem(train.RECIPES["pretrained", optimizer], "epochs", 2)
     monkeypatch.setenv("TORCH_HOME", str(tmp_path / "no-weights-here"))
     monkeypatch.setattr(torch.hub, "download_url_to_file", lambda *a, **k: open("/no/network"))
     photos(random.Random(0), np.random.default_rng(0), odd=False)

@@ -135,7 +135,7 @@ def test_the_teachers_errors_are_those_of_the_notebook():
 
 
 @pytest.mark.parametrize("student, groups, methods", [
-    ("resnet8", ("tuning", "tuning-dkd", "tuning-rld"), set(train.METHODS)),
+    ("resnet8", ("tuning", "tuning-dkd", "tuning-rld"), set(train.losses.OBJECTIVES)),
     ("vit_nano", ("tuning-vit",), {"ce", "kd", "sld"})])
 def test_the_rates_are_the_best_of_their_grids_and_inside_them(student, groups, methods):
     """On validation images: mean of the last epoch over the seeds, for each method."""

@@ -12,6 +12,7 @@ import train
 from results import pages
 from results import run as runner
 from support.plots import BLUE
+from support.runs import write_json
 from support.tables import difference, holm, interval, last_top1, read_rows, top1_difference
 
 ROOT = Path(__file__).parent.parent
@@ -59,25 +60,21 @@ def test_what_the_ladder_takes_is_the_best_of_its_grid_and_inside_it(group, chos
     assert chosen == max(means, key=means.get) and min(means) < chosen < max(means)
 
 
-def test_shared_logits_change_no_digit(short, monkeypatch):
+def test_remembered_logits_change_no_digit(short):
     def numbers(history):
         return [{k: v for k, v in row.items() if k not in ("seconds", "images_per_second")}
                 for row in history]
 
     alone = numbers(train.run(short(epochs=2), "alone"))
-    own = train.get_teacher
+    assert numbers(train.run(short(epochs=2), "first", wrap_teacher=runner.remember)) == alone
+    files = sorted(Path("runs/logits").glob("*/*"))
 
-    def get_teacher(*args):
-        teacher, digest = own(*args)
-        if Path("logits").exists():
-            # A second row computes nothing.
-            teacher.forward = None
-        return runner.shared(teacher, Path("logits")), digest
-    monkeypatch.setattr(train, "get_teacher", get_teacher)
-    assert numbers(train.run(short(epochs=2), "first")) == alone
-    files = sorted(Path("logits").iterdir())
-    assert files and numbers(train.run(short(epochs=2), "second")) == alone
-    assert sorted(Path("logits").iterdir()) == files
+    def silent(teacher, *about):
+        # A second row computes nothing.
+        teacher.forward = None
+        return runner.remember(teacher, *about)
+    assert files and numbers(train.run(short(epochs=2), "second", wrap_teacher=silent)) == alone
+    assert sorted(Path("runs/logits").glob("*/*")) == files
 
 
 def test_mistakes_are_counted_as_eval_counts_them(short, color_teacher, command, monkeypatch):
@@ -91,7 +88,7 @@ def test_mistakes_are_counted_as_eval_counts_them(short, color_teacher, command,
     cut = Path("group/2-kd/seed1")
     shutil.copytree("group/2-kd/seed0", cut)
     config = json.loads((cut / "config.json").read_text())
-    train.write_json(cut / "config.json", config | dict(epochs=2))
+    write_json(cut / "config.json", config | dict(epochs=2))
     pages.count_mistakes(Path("group"))
     assert not (cut / "mistakes.json").exists()
     for row in ("1-ce", "2-kd"):
@@ -106,7 +103,7 @@ def test_the_table_of_mistakes():
         for seed, (made, avoided) in enumerate(by_seed):
             folder = Path(f"group/{row}/seed{seed}")
             folder.mkdir(parents=True)
-            train.write_json(folder / "mistakes.json", dict(
+            write_json(folder / "mistakes.json", dict(
                 teacher_errors=10, teacher_errors_made=made, teacher_errors_avoided=avoided))
     first, second = pages.mistakes_table("group", "1-ce").splitlines()[2:]
     assert first == "| 1-ce | 2 | 15.0 | - | - | 80.0 | - | - |"
@@ -122,7 +119,7 @@ def test_the_table_of_claims(tmp_path, write_run, monkeypatch):
     for row, top1 in dict(a=(50, 50, 50), b=(52, 52.1, 51.9), c=(51, 49, 50)).items():
         for seed, value in enumerate(top1):
             folder = write_run(tmp_path / row / f"seed{seed}", [value], seed=seed)
-            train.write_json(folder / "mistakes.json", dict(
+            write_json(folder / "mistakes.json", dict(
                 teacher_errors=10, teacher_errors_made=seed + (row == "c")))
     raw = top1_difference(*(read_rows(tmp_path)[row] for row in "ba"))[3]
     _, _, far, none = pages.claims_table(tmp_path).splitlines()

@@ -240,7 +240,8 @@ def test_a_path_given_to_a_resumed_run_leaves_a_checkpoint_that_loads(short):
 
 def test_the_readmes_way_to_a_new_objective(monkeypatch):
     monkeypatch.setitem(train.losses.OBJECTIVES, "mine", train.losses.kd)
-    monkeypatch.setitem(train.METHODS, "mine", dict(views="weak", lr=0.03))
+    row = train.RECIPES["glyphs", "sgd"]
+    monkeypatch.setitem(row, "lr", row["lr"] | dict(mine=0.03))
     choices = train.Settings.__dataclass_fields__["method"].metadata["choices"]
     assert choices == tuple(train.losses.OBJECTIVES)[:-1]
     field = train.Settings.__dataclass_fields__["method"]
@@ -268,7 +269,7 @@ def test_a_regnet_is_not_given_one_image(command, base):
 
 
 def test_the_cached_teacher_is_of_this_version_of_glyphs(easy_glyphs, command, monkeypatch):
-    monkeypatch.setitem(train.TEACHERS["glyphs"], "sgd", dict(epochs=1))
+    monkeypatch.setitem(train.RECIPES["glyphs", "sgd"], "teach", dict(epochs=1))
     monkeypatch.setattr(train, "measure", lambda *a: evaluation.measure(*a) | dict(top1=60.0))
     flags = ("--data-dir", easy_glyphs, "--epochs", 1, "--device", "cpu", "--method", "kd")
     assert command(train, *flags)[0] == 0
@@ -283,7 +284,7 @@ def test_the_teacher_of_glyphs_is_trained_by_a_recipe_of_its_kind(monkeypatch, t
     monkeypatch.setattr(train, "run", lambda settings, *a, **k: trained.append(settings))
     part = torch.zeros(64, 3, 16, 16, dtype=torch.uint8), torch.arange(64) % 47
     glyphs = data.Dataset(part, part, list("abc"), (0.5,), (0.5,), flip=False)
-    train.cached_teacher(train.resolve(train.Settings(teacher=teacher)), glyphs)
+    train.own_teacher(train.resolve(train.Settings(teacher=teacher)), glyphs)
     (mine,) = trained
     mine = train.resolve(mine)
     assert (mine.student, mine.optimizer, mine.lr, mine.epochs, mine.views) == (teacher, *recipe)
