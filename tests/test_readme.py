@@ -14,8 +14,9 @@ from PIL import Image
 import eval as evaluation
 import train
 from models import create_model
-from support import glyphs
-from support.tables import last_top1, read_rows, read_run, table, top1_difference
+from support import console, glyphs
+from support.tables import last_top1, markdown, read_rows, read_run, table, top1_difference
+from swap import swap
 
 ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text(encoding="utf-8")
@@ -82,6 +83,76 @@ def test_every_command_runs(easy_glyphs, colors, color_teacher, imagenet, publis
         assert status == 0, (line, err)
         ran += 1
     assert ran >= 15
+
+
+# The README's names of the rows of results/run.py.
+METHODS = {"student alone": "01-ce-weak", "KD": "03-kd-weak", "KD on both views": "04-kd-both",
+           "KD on SLD's views": "05-kd-both-T1to6",
+           "the same, CE weighs 1": "14-kd-both-T1to6-more-ce", "GA, no pseudo-teacher":
+           "07-GA-teacher", "SLD, no pseudo-teacher": "06-teacher-swap", "SLD": "09-sld",
+           "DKD": "16-dkd-both", "RLD": "17-rld-both"}
+LADDERS = "glyphs", "glyphs-vit", "cifar100"
+
+
+def results_table():
+    """Markdown: the teacher and METHODS, by the logs of LADDERS."""
+    rows = [read_rows(ROOT / "results" / group) for group in LADDERS]
+    teachers = []
+    for group in LADDERS:
+        found = {json.loads(path.read_text("utf-8"))["teacher_top1"]
+                 for path in (ROOT / "results" / group).glob("*/*/mistakes.json")}
+        assert len(found) == 1
+        teachers += [f"{top1:.2f}" for top1 in found]
+    lines = [["teacher", "", "", *teachers]]
+    for name, row in METHODS.items():
+        config = next(iter(rows[0][row].values()))[0]
+        T = config["temperatures"] or [config["temperature"]]
+        T = "" if config["method"] == "ce" else f"{T[0]:g}" + f"-{T[-1]:g}" * (len(T) > 1)
+        lines.append([name, config["views"], T])
+        for ladder in rows:
+            top1 = [*last_top1(ladder[row]).values()] if row in ladder else []
+            lines[-1].append(f"{np.mean(top1):.2f}±{np.std(top1, ddof=1):.2f}" if top1 else "")
+    return markdown(["method", "views", "T", "glyphs, resnet8", "glyphs, ViT",
+                     "CIFAR-100, resnet8"], lines).replace("| ", "|").replace(" |", "|")
+
+
+def test_the_table_of_results_is_what_the_logs_give():
+    assert f"\n\n{results_table()}\n\n" in README
+
+
+def test_what_the_text_says_of_the_experiments():
+    text = " ".join(README.split())
+    for group, teacher, student, seeds in (("glyphs", "resnet14", "resnet8", 5),
+                                           ("glyphs-vit", "resnet14", "vit_nano", 5),
+                                           ("cifar100", "resnet20", "resnet8", 3)):
+        for name, row in read_rows(ROOT / "results" / group).items():
+            assert len(row) == seeds
+            for config, _ in row.values():
+                assert (config["teacher"], config["student"]) in (
+                    (teacher, student), (None, student)), name
+    assert ("A resnet14 teaches a resnet8 or a small transformer (ViT), five seeds each; on "
+            "CIFAR-100 a public resnet20 teaches a resnet8, three seeds.") in text
+    assert (f"characters of {len(glyphs.CLASSES)} classes, rendered at {glyphs.SIDE} pixels"
+            in text)
+
+
+def test_the_worked_row():
+    said = re.search(r"turns the logits (\d+) of 'i' and (\d+) of 'Jj' into (\d+) and (\d+)",
+                     " ".join(README.split())).groups()
+    i, jj, *after = map(float, said)
+    # The label is 'Jj'; another class stays.
+    swapped = swap(torch.tensor([[i, jj, 8]]), torch.tensor([1]))
+    assert swapped.tolist() == [[*after, 8]]
+
+
+def test_what_the_text_says_of_the_gpu():
+    report = json.loads((ROOT / "results/benchmark/gpu.json").read_text("utf-8"))
+    checks = report["checks"]
+    assert not [row for row in checks if row[2] not in ("ok", "info")]
+    text = " ".join(README.split())
+    assert f"{len(checks)} checks on one {report['env']['device_name']} ran once, none failed" in text
+    faster = [row["plain_ms"] / row["graph_ms"] for row in report["cuda_graph"]]
+    assert 4.5 < min(faster) and max(faster) < 6 and "a step five times as fast" in text
 
 
 @pytest.mark.parametrize("what", re.findall(r"<!-- table: (.+?) -->", PAGES))
@@ -163,12 +234,27 @@ def test_the_rates_are_the_best_of_their_grids_and_inside_them(student, groups, 
 def test_the_sample_output_is_that_of_the_committed_run():
     sample = re.search(r"```\n(teacher .*?)```", README, re.S).group(1)
     _, rows = read_run(ROOT / "results/default-run/sld/seed0")
+    s = train.resolve(train.Settings(method="sld"))
     lines = [line for line in sample.splitlines() if line.strip()[:1].isdigit()]
-    assert lines == [train.epoch_line(row, "test") for row in (rows[0], rows[-1])]
+    assert lines == [console.epoch_line(row, s) for row in (rows[0], rows[-1])]
+    assert f"\n{console.legend(s).splitlines()[-1]}\n" in sample
+    # Every column has its explanation, and no other.
+    names = {head.format(part="test") for head, *_ in console.COLUMNS}
+    assert names == {name for line in re.findall(r"^- .*?(?=\n-|\n\n)", README.split("## Read")[0],
+                                                 re.S | re.M)
+                     for name in re.findall(r"`([^` ]+)`", line)}
     last = rows[-1]["test_top1"], rows[-1]["best_top1"]
     assert f"last epoch {last[0]:.2f} %, best {last[1]:.2f} % (selected on test)" in sample
-    teacher = read_run(ROOT / "results/default-run/teacher-resnet14/seed0")[1][-1]
-    assert f"{teacher['test_top1']:.2f} % test top-1" in sample
+    teacher_rows = read_run(ROOT / "results/default-run/teacher-resnet14/seed0")[1]
+    teacher = teacher_rows[-1]["test_top1"]
+    assert f"{teacher:.2f} % test top-1" in sample
+    text = " ".join(README.split())
+    wrong = rows[0]["swap_teacher_weak"]
+    assert f"So {wrong:.2f} % wrong and {teacher:.2f} % right belong to one teacher" in text
+    minutes = sum(row["seconds"] for row in teacher_rows + rows) / 60
+    assert f"together took {minutes:.1f} minutes (float32, two cores of an AMD EPYC)" in text
+    env = json.loads((ROOT / "results/default-run/sld/seed0/env.json").read_text("utf-8"))
+    assert (env["device_name"], env["threads"]) == ("AMD EPYC", 2)
 
 
 @pytest.mark.parametrize("titles", re.findall(r"<!-- benchmark: (.+?) -->", PAGES))
@@ -177,7 +263,7 @@ def test_the_speeds_are_what_the_benchmark_wrote(titles):
     in_readme = found.group(1)
     reports = [json.loads(path.read_text(encoding="utf-8"))
                for path in (ROOT / "results/benchmark").glob("*.json")]
-    report = dict(tables={k: v for each in reports for k, v in each["tables"].items()})
+    report = dict(tables={k: v for each in reports for k, v in each.get("tables", {}).items()})
     assert in_readme == "\n\n".join(benchmark.render(report, title) for title in titles.split(", "))
 
 
