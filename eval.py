@@ -19,6 +19,7 @@ import torchvision
 
 from data import DATASETS, PHOTOGRAPHS, load, normalize
 from models import MODELS, check_name
+from support import console
 from support.checkpoints import load_model
 from support.devices import layout, pick_device
 from support.errors import UserError, as_user_error
@@ -136,7 +137,7 @@ def classify(args):
 
 
 def make_parser():
-    parser = argparse.ArgumentParser(description=__doc__,
+    parser = argparse.ArgumentParser(prog="eval.py", description=__doc__,
                                      formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.error = lambda message: parser.exit(2, f"eval.py: {message}; see --help\n")
     add = parser.add_argument
@@ -191,7 +192,7 @@ def mode_of(args):
 def main():
     parser = make_parser()
     args = parser.parse_args()
-    try:
+    with console.one_line_errors(parser, "the output"):
         mode = mode_of(args)
         if mode == "table":
             print(tables(args.table, args.against))
@@ -212,10 +213,6 @@ def main():
             else:
                 for key, value in report.items():
                     print(f"{key:24s}{value:{'10.4f' if isinstance(value, float) else '10d'}}")
-    except UserError as error:
-        parser.exit(2, f"eval.py: {error}\n")
-    except OSError as error:
-        parser.exit(2, f"eval.py: {error.filename or 'the output'}: {error.strerror or error}\n")
 
 
 if __name__ == "__main__":

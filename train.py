@@ -5,6 +5,7 @@ the teacher. A run leaves its logs and checkpoints in runs/<data>-<method>-<stud
 In a notebook:  history = train.run(train.Settings(method="kd", epochs=2))
 """
 import dataclasses
+import functools
 import inspect
 import math
 import shlex
@@ -13,7 +14,6 @@ import time
 import warnings
 
 import torch
-import torch.distributed as dist
 from torch.nn.parallel import DistributedDataParallel
 from tqdm import tqdm
 
@@ -24,19 +24,19 @@ from models import check_size, create_model
 from support import console, recipes, runs
 from support.checkpoints import check_teacher, is_finite, load_model, weights_digest
 from support.cuda_graph import Recorded
-from support.devices import amp_by_default, layout, mixed_precision, pick_device
-from support.distributed import device_of_group, process, several_processes
-from support.errors import UserError, as_user_error
+from support.devices import amp_by_default, keep_on, layout, mixed_precision, pick_device
+from support.distributed import device_of_group, over_processes, process, several_processes
+from support.errors import as_user_error
 from support.networks import TORCHVISION
-from support.settings import check_batches, check_values, make_parser, setting
+from support.settings import check_run, check_values, make_parser, setting
 from support.tables import is_finished, read_run
 from swap import misclassified
 
 
 @dataclasses.dataclass(frozen=True)
 class Settings:
-    """All of an experiment. None takes the value of RECIPES; an objective's own numbers are the
-    defaults of its function in losses.py. support/settings.py has the bounds and the groups."""
+    """Every setting of an experiment. None means: use RECIPES, or else the default of the loss
+    function. support/settings.py has the bounds, and the groups of --help."""
     method: str = setting("the objective, a function of losses.py", tuple(losses.OBJECTIVES))
     dataset: str = setting("default glyphs, rendered here, no download", tuple(DATASETS))
     student: str = setting("a network of models.py or a classifier of torchvision.models")
@@ -60,13 +60,11 @@ class Settings:
     temperature: float = setting("dkd, rld: T")
     alpha_temperature: float = setting("rld: T of the label's part")
     kd_warmup: float = setting("dkd, rld: epochs until they count in full")
-    teacher_checkpoint: str = setting("weights of the teacher; else it is trained first, and kept",
-                                      metavar="FILE")
+    teacher_checkpoint: str = setting("else a teacher is trained first, and kept", metavar="FILE")
     pretrained: bool = setting("start from torchvision's ImageNet weights")
     data_dir: str = setting("where the data is, or is cached; default data", metavar="DIR")
     image_size: int = setting("side in pixels, of photographs only", metavar="PX")
-    evaluate: str = setting("measure on the test part, or on val, a tenth of the training images, "
-                            "which is then not trained on", ("test", "val"))
+    evaluate: str = setting("on test, or a tenth of the training images, held out", ("test", "val"))
     optimizer: str = setting("sgd has momentum 0.9", ("sgd", "adamw"))
     weight_decay: float = setting("on all parameters")
     schedule: str = setting("step: x0.1 at the recipe's drops; cosine: to 0", ("step", "cosine"))
@@ -77,9 +75,9 @@ class Settings:
 
 
 # What a setting is unless it is given: a row for each data set and optimiser, and for pretrained
-# networks on a folder. A dict has a value for each method; without one, losses.py's default holds.
-# warmup, drops (x0.1 by "step"), gamma and kd_warmup are in epochs out of `of`: --epochs stretches
-# them. teach: how a teacher that is trained first differs, by its own optimiser.
+# networks on a folder. A dict has a value for each method. warmup, drops (x0.1 by "step"), gamma
+# and kd_warmup are written for a run of `of` epochs, and rescaled to --epochs. teach: settings that
+# replace these where the teacher itself is trained; its own optimiser chooses the row.
 RECIPES = {
     # The rates for glyphs are the best of grids on its validation part: results/README.md.
     ("glyphs", "sgd"): dict(
@@ -91,12 +89,12 @@ RECIPES = {
         lr=dict(ce=2e-3, kd=1e-3, sld=2e-3, dkd=2e-3, rld=2e-3), schedule="cosine", warmup=24,
         drops=(150, 180, 210), gamma=150, kd_warmup=20, of=240,
         teach=dict(epochs=64, lr=1e-3, views="both")),
-    # As published: ce and kd by RepDistiller, the others by their authors. CIFAR-10 likewise.
-    ("cifar", "sgd"): dict(
+    # As published: ce and kd by RepDistiller, the others by their authors.
+    ("cifar100", "sgd"): dict(
         teacher="resnet56", student="resnet20", epochs=240, batch_size=64, weight_decay=5e-4,
         lr=dict(ce=0.05, kd=0.05, sld=0.025, dkd=0.05, rld=0.05), schedule="step", warmup=0,
         drops=(150, 180, 210), gamma=150, kd_warmup=20, of=240),
-    ("cifar", "adamw"): dict(
+    ("cifar100", "adamw"): dict(
         teacher="resnet56", student="resnet20", epochs=240, batch_size=64, lr=1e-3,
         schedule="cosine", warmup=24, weight_decay=0.05, drops=(150, 180, 210), gamma=150,
         kd_warmup=20, of=240),
@@ -124,6 +122,9 @@ RECIPES = {
         teacher="resnet20", student="resnet8", epochs=10, batch_size=64, lr=1e-4, schedule="cosine",
         warmup=24, weight_decay=0.05, drops=(150, 180, 210), gamma=150, kd_warmup=20, of=240),
 }
+RECIPES |= {("cifar10", kind): RECIPES["cifar100", kind] for kind in ("sgd", "adamw")}
+
+
 def learning_rate(s, done):
     """The rate when `done` epochs are done, fractions within an epoch. s: resolved Settings."""
     if done < s.warmup:
@@ -137,14 +138,13 @@ def learning_rate(s, done):
 # (S6)  L = sum over the views of  a CE + b ( L_TS + 1[epoch > gamma] L_SS )
 
 def take_step(learner, objective, epoch, views, target, rows, share):
-    """Forward, loss and backward of one batch, after which the optimiser moves the student.
+    """Forward, loss and backward of one batch. train_epoch, below, then runs the optimiser.
 
     views: the weak one, or weak and strong, (B, 3, S, S) each; target: (B,). objective: of one
-    view, f(student_logits, teacher_logits, target, epoch) -> {name: term}. rows: how many of the B
-    count. share: a factor of the loss for backward; both matter under torchrun only.
+    view, f(student_logits, teacher_logits, target, epoch) -> {name: term}. rows = B and share = 1,
+    but under torchrun `rows` of this process are no padding, and share makes DDP's average right.
     Returns {name: 0-d tensor}: the loss, and sums over the rows of its terms and of the images that
-    student and teacher get wrong. Nothing in here makes a GPU wait.
-    """
+    student and teacher get wrong. Nothing in here makes a GPU wait."""
     # The student takes the views one by one, weak first, each with its own batch statistics. The
     # teacher, frozen, takes both at once: in eval mode no row touches another.
     z_t = [None] * len(views)
@@ -182,19 +182,15 @@ def make_objective(s):
 
 # Two views where the method was published with them.
 VIEWS = dict(ce="weak", kd="weak", sld="both", dkd="weak", rld="weak")
-
-
-def resolve(s):
-    """Settings with every None filled in from RECIPES. Raises UserError for nonsense."""
-    return recipes.resolve(s, RECIPES, VIEWS)
+# resolve(settings) -> Settings with every None filled in. Raises UserError for nonsense.
+resolve = functools.partial(recipes.resolve, table=RECIPES, views=VIEWS)
 
 
 # --- An epoch -------------------------------------------------------------------------------------
 
 @dataclasses.dataclass
 class Learner:
-    """What a run works with: the networks on their device, and what moves the student.
-    parallel: the student, under torchrun in DistributedDataParallel, which averages gradients."""
+    """What a run works with. parallel: the student, under torchrun as DistributedDataParallel."""
     student: torch.nn.Module
     parallel: torch.nn.Module
     teacher: torch.nn.Module
@@ -205,11 +201,10 @@ class Learner:
 
 
 def train_epoch(s, epoch, learner, data):
-    """One pass over the training part. Returns the epoch's numbers as they go into metrics.jsonl:
-    {"epoch", "lr", "loss", "loss_<term>", "train_top1", "swap_teacher_<view>", "swap_student", …},
-    means over the rows, shares in percent. s: resolved Settings. Raises UserError where the loss is
-    not finite; what the student has moved by it is never saved.
-    """
+    """One pass over the training part. Returns the epoch's line of metrics.jsonl: {"epoch", "lr",
+    "loss", "loss_<term>", "train_top1", "swap_teacher_<view>", "swap_student", …}, means over the
+    rows, shares in percent. s: resolved Settings. Raises UserError where the loss is not finite;
+    the weights of that epoch are not saved."""
     device = next(learner.student.parameters()).device
     objective, (rank, world) = make_objective(s), process()
     n, start = len(data.train[1]), time.perf_counter()
@@ -251,15 +246,11 @@ def train_epoch(s, epoch, learner, data):
                 if not math.isfinite(row[0]):
                     lr = learning_rate(s, epoch - 1 + (at + 0.5) / steps)
                     where = f"epoch {epoch}, step {at + 1} of {steps}, lr {lr:g}"
-                    raise UserError(f"{where}: the loss is not finite; {console.remedy(s)}")
+                    raise console.not_finite(s, f"{where}: the loss is")
                 sums = [a + b for a, b in zip(sums or [0] * len(row), row)]
             waiting.clear()
     hook.remove()
-    if world > 1:
-        total = torch.tensor(sums, dtype=torch.float64, device=device)
-        dist.all_reduce(total)
-        sums = total.tolist()
-    seconds = time.perf_counter() - start
+    sums, seconds = over_processes(sums, device), time.perf_counter() - start
     means = {name: value / n for name, value in zip(names, sums) if name != "loss"}
     # The student's misclassified rows on the weak view and, where there is one, on the strong.
     wrong = [means.pop(k) for k in ("swap_student_weak", "swap_student_strong") if k in means]
@@ -276,8 +267,8 @@ def run(settings, run_dir=None, resume=False, wrap_teacher=None):
     """Train as the Settings say. Returns the history: one dict an epoch, as in metrics.jsonl.
 
     run_dir: a new folder; default runs/<data>-<method>-<student>/seed<seed>. resume: go on from
-    run_dir/last.pt, with that run's own settings. wrap_teacher: f(teacher, digest, s) -> what is
-    asked for logits in the teacher's place. Raises UserError for whatever the user can mend.
+    run_dir/last.pt, with that run's own settings. wrap_teacher: f(teacher, digest, s) -> a module
+    to use instead of the teacher, for example a cache. Raises UserError for what the user can mend.
     """
     saved, (rank, world) = None, process()
     if resume:
@@ -286,14 +277,11 @@ def run(settings, run_dir=None, resume=False, wrap_teacher=None):
         s = resolve(settings)
     device = pick_device(s.device if world == 1 else device_of_group())
     s = dataclasses.replace(s, amp=amp_by_default(device) if s.amp is None else s.amp)
-    if s.cuda_graph and (device.type != "cuda" or world > 1):
-        raise UserError("--cuda-graph: needs a CUDA device and a single process; leave it out")
     with runs.opened(s, run_dir, resume) as folder:
         data = load(s.dataset, s.data_dir, s.image_size, evaluate=s.evaluate)
-        if device.type == "cuda" and data.area is None:
-            # Photographs may be larger than its memory; they go there batch by batch.
-            data.train, data.test = ([t.to(device) for t in p] for p in (data.train, data.test))
-        check_batches(s, len(data.train[1]), world, check_size)
+        if device.type == "cuda":
+            keep_on(device, data)
+        check_run(s, len(data.train[1]), device, world, check_size)
         learner = begin(s, data, device, saved, wrap_teacher)
         history = runs.restore(saved, s, data, learner) if saved else []
         console.introduce(s, data, learner, folder, recipes.drops(s, RECIPES))
@@ -303,8 +291,7 @@ def run(settings, run_dir=None, resume=False, wrap_teacher=None):
             for epoch in range(len(history) + 1, s.epochs + 1):
                 row = train_epoch(s, epoch, learner, data)
                 if not is_finite(learner.student):
-                    remedy = console.remedy(s)
-                    raise UserError(f"epoch {epoch}: the weights are not finite; {remedy}")
+                    raise console.not_finite(s, f"epoch {epoch}: the weights are")
                 if rank == 0:
                     logits = predict(learner.student, data.test[0], data.mean, data.std)
                     measured = measure(logits, data.test[1])
@@ -333,8 +320,8 @@ def begin(s, data, device, saved, wrap_teacher):
     with as_user_error("--student "):
         student = create_model(s.student, C, s.image_size, pretrained)
     if pretrained:
-        print(f"student   {s.student} from torchvision's ImageNet weights"
-              + (f", with a new last layer for {C} classes" if C != 1000 else ""))
+        head = f", with a new last layer for {C} classes" if C != 1000 else ""
+        print(f"student   {s.student} from torchvision's ImageNet weights{head}")
     teacher, digest = get_teacher(s, data, device) if s.teacher else (None, None)
     if teacher and wrap_teacher:
         teacher = wrap_teacher(teacher, digest, s)
@@ -350,10 +337,9 @@ def begin(s, data, device, saved, wrap_teacher):
 
 
 def make_optimizer(s, student):
-    common = dict(params=student.parameters(), lr=s.lr, weight_decay=s.weight_decay)
-    if s.optimizer == "sgd":
-        return torch.optim.SGD(**common, momentum=0.9)
-    return torch.optim.AdamW(**common)
+    kind = torch.optim.AdamW if s.optimizer == "adamw" else torch.optim.SGD
+    more = dict(momentum=0.9) if s.optimizer == "sgd" else {}
+    return kind(student.parameters(), lr=s.lr, weight_decay=s.weight_decay, **more)
 
 
 # --- The teacher ----------------------------------------------------------------------------------
@@ -375,25 +361,24 @@ def get_teacher(s, data, device):
 
 
 def own_teacher(s, data):
-    """The last.pt of this data's own teacher, after the epochs that it lacks. It takes the
-    student's epochs where its recipe does not say how to teach."""
+    """The last.pt of this data's own teacher, which is trained first, or finished. Without `teach`
+    in its recipe it trains as many epochs as the student."""
     pretrained = s.pretrained if s.teacher in TORCHVISION else None
-    recipe = RECIPES[s.dataset.rstrip("0123456789"), recipes.optimizer_of(s.teacher)].get("teach")
+    recipe = RECIPES[s.dataset, recipes.optimizer_of(s.teacher)].get("teach")
     folder = runs.teacher_folder(s, data, pretrained, recipe)
     started = (folder / "config.json").exists()
-    mine = Settings(data_dir=s.data_dir, device=s.device)
+    if (folder / "metrics.jsonl").exists() and is_finished(*read_run(folder)):
+        return folder / "last.pt"
+    mine = dict(data_dir=s.data_dir, device=s.device)
     if not started:
         batch_size = min(recipes.row_of(s, RECIPES)["batch_size"], len(data.train[1]))
-        mine = dataclasses.replace(
-            mine, method="ce", dataset=s.dataset, image_size=s.image_size, student=s.teacher,
-            evaluate=s.evaluate, amp=s.amp, batch_size=batch_size, pretrained=pretrained,
-            **recipe or dict(epochs=s.epochs))
-    elif (folder / "metrics.jsonl").exists() and is_finished(*read_run(folder)):
-        return folder / "last.pt"
+        mine |= dict(method="ce", dataset=s.dataset, image_size=s.image_size, student=s.teacher,
+                     evaluate=s.evaluate, amp=s.amp, batch_size=batch_size, pretrained=pretrained,
+                     **recipe or dict(epochs=s.epochs))
     print(f"no {s.teacher} teacher for this data yet: {'going on with' if started else 'training'} "
           f"it first, in {folder}\n(your own instead: --teacher-checkpoint FILE)\n")
     try:
-        run(mine, folder, resume=started)
+        run(Settings(**mine), folder, resume=started)
     except KeyboardInterrupt:
         raise KeyboardInterrupt("the same command goes on with the teacher")
     print()

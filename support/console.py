@@ -66,14 +66,15 @@ def introduce(s, data, learner, folder, drops):
           f"run folder {folder}\n{legend(s)}")
 
 
-def remedy(s):
-    """What may help where numbers are not finite."""
-    return f"try a smaller --lr{' or --no-amp' if s.amp else ''}"
+def not_finite(s, what):
+    """The UserError to raise where `what` is not finite, with what may help."""
+    return UserError(f"{what} not finite; try a smaller --lr{' or --no-amp' if s.amp else ''}")
 
 
 @contextlib.contextmanager
-def one_line_errors(parser):
-    """Whatever a user can mend ends the program with one line and status 2; Ctrl-C with 130."""
+def one_line_errors(parser, place="the run folder"):
+    """Whatever a user can mend ends the program with one line and status 2; Ctrl-C with 130.
+    place: what to blame for an OSError that names no file."""
     rank = int(os.environ.get("RANK", 0))
     try:
         yield
@@ -84,8 +85,7 @@ def one_line_errors(parser):
         parser.exit(2, f"{parser.prog}: {error}\n")
     except OSError as error:
         # A full disk, a folder without permission.
-        where = error.filename or "the run folder"
-        parser.exit(2, f"{parser.prog}: {where}: {error.strerror or error}\n")
+        parser.exit(2, f"{parser.prog}: {error.filename or place}: {error.strerror or error}\n")
     except KeyboardInterrupt as stop:
         if rank:
             sys.exit(130)

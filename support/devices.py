@@ -39,6 +39,13 @@ def layout(device):
     return torch.contiguous_format if device.type == "mps" else torch.channels_last
 
 
+def keep_on(device, data):
+    """Move a Dataset to the device, but not photographs: they may be larger than its memory, and go
+    there batch by batch."""
+    if data.area is None:
+        data.train, data.test = (tuple(t.to(device) for t in p) for p in (data.train, data.test))
+
+
 def amp_by_default(device):
     """Any GPU gains from mixed precision; of CPUs only those with bfloat16 instructions."""
     has_bf16 = getattr(torch.cpu, "_is_avx512_bf16_supported", lambda: False)

@@ -25,7 +25,7 @@ def row_of(s, table):
 def _key(dataset, optimizer, student, pretrained):
     if dataset == "folder" and pretrained and student in TORCHVISION:
         return "pretrained", optimizer
-    return dataset.rstrip("0123456789"), optimizer
+    return dataset, optimizer
 
 
 def drops(s, table):
@@ -64,8 +64,11 @@ def resolve(s, table, views):
     theirs = [name for name in networks.values() if name in TORCHVISION]
     pretrained = given.get("pretrained", dataset == "folder") if theirs else None
     optimizer = given.get("optimizer", optimizer_of(networks["student"]))
-    row = table[_key(dataset, optimizer, networks["student"], pretrained)]
-
+    key = _key(dataset, optimizer, networks["student"], pretrained)
+    if key not in table:
+        raise UserError(f"--optimizer {optimizer}: train.RECIPES has no row {key}; add one, or give "
+                        "another --optimizer")
+    row = table[key]
     own = defaults_of(method)
     full = dict.fromkeys(field.name for field in dataclasses.fields(s))
     full |= dict(method=method, dataset=dataset, data_dir="data", evaluate="test", seed=0,
@@ -74,7 +77,7 @@ def resolve(s, table, views):
     for name in full.keys() & row.keys():
         value = row[name]
         if isinstance(value, dict):
-            # An objective that was added takes the rate of kd.
+            # A method with no rate in this row uses kd's.
             value = value.get(method, value["kd"] if name == "lr" else full[name])
         if name not in ("gamma", "kd_warmup") or name in own:
             full[name] = value

@@ -115,9 +115,9 @@ def same_experiment(path, s):
 
 
 def teacher_folder(s, data, pretrained, recipe):
-    """Where the teacher that is trained for the settings s is kept. Whatever its weights depend on
-    is in the name: the images, those that it must not know, the epochs unless the recipe has its
-    own."""
+    """Where the teacher that is trained for the settings s is kept. The name says the images,
+    whether a validation part was held out, pretraining, and the epochs unless the recipe fixes
+    them."""
     name = data_name(s) if data.area is None else f"{data_name(s)}-{s.image_size}px"
     if data.digests:
         # Two folders may share a name: their images tell them apart.
@@ -229,8 +229,8 @@ def restore(saved, s, data, learner):
     """Put the student, the optimiser and the scaler back as the checkpoint `saved` has them, and
     return its history. Raises UserError where teacher or images are not those of the run."""
     if saved["teacher_digest"] != learner.teacher_digest:
-        raise UserError(f"--resume: the run had another teacher than {s.teacher_checkpoint} is now;"
-                        " put its own back")
+        raise UserError("--resume: this teacher's weights differ from those that the run "
+                        "began with; put the original file back")
     if saved.get("data", data.digests) not in (data.digests, list(data.digests or ())):
         raise UserError(f"--data-dir {s.data_dir}: not the images of this run (names or "
                         "pixels differ); put them back, or start anew")

@@ -126,9 +126,11 @@ def check_sense(s, given, pretrainable):
             raise UserError(message)
 
 
-def check_batches(s, n, world, check_size):
-    """Raises UserError where n training images do not make batches for `world` processes.
-    check_size: models.check_size."""
+def check_run(s, n, device, world, check_size):
+    """Raises UserError where n training images do not make batches for `world` processes, or there
+    can be no CUDA graph. check_size: models.check_size."""
+    if s.cuda_graph and (device.type != "cuda" or world > 1):
+        raise UserError("--cuda-graph: needs a CUDA device and a single process; leave it out")
     if s.batch_size > n:
         raise UserError(f"--batch-size {s.batch_size}: there are only {n} training images")
     if s.batch_size < world:

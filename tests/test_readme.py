@@ -87,8 +87,8 @@ def test_every_command_runs(easy_glyphs, colors, color_teacher, imagenet, publis
 
 # The README's names of the rows of results/run.py.
 METHODS = {"student alone": "01-ce-weak", "KD": "03-kd-weak", "KD, two views": "04-kd-both",
-           "KD on SLD's views": "05-kd-both-T1to6",
-           "the same, CE weighs 1": "14-kd-both-T1to6-more-ce", "GA, no pseudo-teacher":
+           "05: KD on SLD's views": "05-kd-both-T1to6",
+           "05 with a = 1 (more CE)": "14-kd-both-T1to6-more-ce", "GA, no pseudo-teacher":
            "07-GA-teacher", "SLD, no pseudo-teacher": "06-teacher-swap", "SLD": "09-sld",
            "DKD": "16-dkd-both", "RLD": "17-rld-both"}
 LADDERS = "glyphs", "glyphs-vit", "cifar100"
@@ -122,16 +122,18 @@ def test_the_table_of_results_is_what_the_logs_give():
 
 def test_what_the_text_says_of_the_experiments():
     text = " ".join(README.split())
-    for group, teacher, student, seeds in (("glyphs", "resnet14", "resnet8", 5),
-                                           ("glyphs-vit", "resnet14", "vit_nano", 5),
-                                           ("cifar100", "resnet20", "resnet8", 3)):
+    for group, teacher, student, seeds, epochs in (
+            ("glyphs", "resnet14", "resnet8", 5, 9), ("glyphs-vit", "resnet14", "vit_nano", 5, 16),
+            ("cifar100", "resnet20", "resnet8", 3, 15)):
         for name, row in read_rows(ROOT / "results" / group).items():
             assert len(row) == seeds
             for config, _ in row.values():
                 assert (config["teacher"], config["student"]) in (
                     (teacher, student), (None, student)), name
-    assert ("A resnet14 teaches a resnet8 or a small transformer (ViT), five seeds each; on "
-            "CIFAR-100 a public resnet20 teaches a resnet8, three seeds, at untuned rates.") in text
+                assert config["epochs"] == epochs
+    assert ("One resnet14 (not that of the log above) teaches a resnet8 (9 epochs) or a small "
+            "transformer (ViT, 16 epochs), five seeds each; on CIFAR-100 a public resnet20 teaches "
+            "a resnet8 (15 epochs), three seeds, at untuned rates.") in text
     assert (f"characters of {len(glyphs.CLASSES)} classes, rendered at {glyphs.SIDE} pixels"
             in text)
 
@@ -253,7 +255,7 @@ def test_the_sample_output_is_that_of_the_committed_run():
     wrong = rows[0]["swap_teacher_weak"]
     assert f"So {wrong:.2f} % wrong and {teacher:.2f} % right belong to one teacher" in text
     minutes = sum(row["seconds"] for row in teacher_rows + rows) / 60
-    assert f"together took {minutes:.1f} minutes (float32, two cores of an AMD EPYC)" in text
+    assert f"It took {minutes:.1f} minutes (float32, two cores of an AMD EPYC)" in text
     env = json.loads((ROOT / "results/default-run/sld/seed0/env.json").read_text("utf-8"))
     assert (env["device_name"], env["threads"]) == ("AMD EPYC", 2)
 
