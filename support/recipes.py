@@ -66,8 +66,8 @@ def resolve(s, table, views):
     optimizer = given.get("optimizer", optimizer_of(networks["student"]))
     key = _key(dataset, optimizer, networks["student"], pretrained)
     if key not in table:
-        raise UserError(f"--optimizer {optimizer}: train.RECIPES has no row {key}; add one, or give "
-                        "another --optimizer")
+        raise UserError(f"--optimizer {optimizer}: train.RECIPES has no row {key}; add one, or "
+                        "give another --optimizer")
     row = table[key]
     own = defaults_of(method)
     full = dict.fromkeys(field.name for field in dataclasses.fields(s))

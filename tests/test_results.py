@@ -182,7 +182,8 @@ def test_the_readme_says_of_the_ladder_what_its_logs_show():
     assert max(means, key=means.get) == "04-kd-both"
 
     photographs, vit = (read_rows(ROOT / "results" / group) for group in ("cifar100", "glyphs-vit"))
-    assert {len(row) for row in photographs.values()} == {3} and "resnet8 (15 epochs), three seeds" in text
+    assert {len(row) for row in photographs.values()} == {3}
+    assert "resnet8 (15 epochs), three seeds" in text
     assert {len(row) for row in vit.values()} == {5}
     # The verdict: SLD minus KD on its views, and what could have been shown.
     against_kd = [top1_difference(ladder[sld], ladder[kd]) for ladder in (rows, vit, photographs)]
