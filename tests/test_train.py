@@ -545,3 +545,21 @@ def test_a_learning_rate_that_is_far_too_large(short):
     with pytest.raises(data.UserError, match="not finite"):
         run(short(method="ce", lr=1e6, batch_size=4), "run")
     assert not os.path.exists("run/last.pt")
+
+
+def test_the_step_with_a_loss_that_is_not_finite_is_named(short, monkeypatch):
+    """Also where it is read with others, many steps later."""
+    real, calls = train.make_objective, []
+
+    def broken(s):
+        def objective(*inputs):
+            calls.append(1)
+            term = real(s)(*inputs)["ce"]
+            # The second view of step 40.
+            return {"ce": term / 0 if len(calls) == 80 else term}
+        return objective
+    monkeypatch.setattr(train, "make_objective", broken)
+    with pytest.raises(data.UserError, match="^epoch 1, step 40 of 60, lr .*no epoch was saved$"):
+        run(short(batch_size=2, dataset="folder", lr=1e-4, student="vit_nano", optimizer="sgd"),
+            "run")
+    assert len(calls) == 120 and not os.path.exists("run/last.pt")
