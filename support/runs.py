@@ -65,42 +65,46 @@ def opened(s, run_dir, resume):
         lock.close()
 
 
+class Taken(UserError):
+    """A folder in which there is a run already, or another process trains."""
+
+
 def take(folder, lock, resume=False):
-    """`folder`, made where it is missing, and entered into the ExitStack `lock`."""
+    """`folder`, made where it is missing, and locked as long as the ExitStack `lock` is open.
+    Raises Taken, or UserError where nothing can be written there."""
     above = next(path for path in (folder, *folder.absolute().parents) if path.exists())
     if not above.is_dir() or not os.access(above, os.W_OK):
         raise UserError(f"--run-dir {folder}: {above} is no folder that can be written to; give "
                         "another")
     missing = [path for path in (folder, *folder.parents) if not path.exists()]
-
-    def tidy():
-        """Where nothing was trained, leave no folder that was made here."""
-        if folder.is_dir() and is_empty(folder):
-            (folder / "lock").unlink(missing_ok=True)
-            with contextlib.suppress(OSError):
-                for path in missing:
-                    path.rmdir()
-    lock.callback(tidy)
     try:
         lock.enter_context(locked(folder / "lock"))
     except filelock.Timeout:
-        raise UserError(f"{folder}: another process is training there; wait until it is done, or "
-                        "give another --run-dir")
+        raise Taken(f"{folder}: another process is training there; wait until it is done, or give "
+                    "another --run-dir")
     if not resume and not is_empty(folder):
         again = ", or --resume to go on" if (folder / "config.json").exists() else ""
-        raise UserError(f"--run-dir {folder}: already holds a run or other files; give another"
-                        f"{again}")
+        raise Taken(f"--run-dir {folder}: already holds a run or other files; give another{again}")
+
+    def tidy():
+        """Where nothing was trained, leave no folder that was made here."""
+        with contextlib.suppress(OSError):
+            if is_empty(folder):
+                (folder / "lock").unlink()
+                for path in missing:
+                    path.rmdir()
+    lock.callback(tidy)
     return folder
 
 
 def free_folder(s, lock):
-    """The first folder for a run with the settings s that `take` gives."""
+    """The first folder for a run with the settings s that is not taken."""
     name = f"runs/{data_name(s)}-{s.method}-{s.student}"
     for k in itertools.count(1):
         folder = Path(name if k == 1 else f"{name}-{k}") / f"seed{s.seed}"
         if not (folder / "config.json").exists() and all(
                 same_experiment(path, s) for path in folder.parent.glob("*/config.json")):
-            with contextlib.suppress(UserError if folder.exists() else ()):
+            with contextlib.suppress(Taken):
                 return take(folder, lock)
 
 

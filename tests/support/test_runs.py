@@ -38,6 +38,8 @@ def test_two_that_start_at_once_do_not_meet():
         with (pytest.raises(UserError, match="another process is training there"),
               runs.opened(s, first, False)):
             pass
+        # One that found the folder taken leaves the other's lock where it is.
+        assert (first / "lock").exists()
     # Nothing was trained, so nothing stays.
     assert not Path("runs").exists()
 
