@@ -157,6 +157,20 @@ def ladders():
     return {title: rows for title, rows in found.items() if KD in rows}
 
 
+# The rows of a ladder, in words.
+WORDS = {
+    "01-ce-weak": "student alone", "02-ce-both": "student alone, both views",
+    "03-kd-weak": "KD, weak view", "04-kd-both": "KD, both views, T = 4",
+    "06-teacher-swap": "SLD, no pseudo-teacher", "07-GA-teacher": "GA, no pseudo-teacher",
+    "08-both-swaps": "SLD, γ = 0", "09-sld": "SLD", "10-sld-detached": "SLD, detached",
+    "11-sld-weak": "SLD, weak view", "12-student-swap": "SLD, no teacher swap",
+    "13-kd-both-weight-x6": "KD, both views, b = 5.4", "14-kd-both-T1to6-more-ce": "05 with a = 1",
+    "16-dkd-both": "DKD", "17-rld-both": "RLD",
+    "18-sld-standardized": "SLD, logits standardised",
+    "19-kd-both-T1to6-standardized": "05, logits standardised",
+}
+
+
 def draw_differences(ladders):
     """Figure of the rows of each of the `ladders`, minus the row KD of the same: mean and 95 %
     interval; filled where Holm's p is below 0.05."""
@@ -171,7 +185,8 @@ def draw_differences(ladders):
             ax.plot([found.low, found.high], [y, y], color=colour)
             ax.plot(found.mean, y, "o", color=colour, markerfacecolor=face)
         ax.axvline(0, color="grey", lw=1)
-        ax.set(title=title, yticks=range(len(differences)), yticklabels=differences,
+        ax.set(title=title, yticks=range(len(differences)),
+               yticklabels=[WORDS.get(name, name) for name in differences],
                xlabel="top-1 minus that of 05, points")
         ax.invert_yaxis()
         ax.spines[["top", "right"]].set_visible(False)

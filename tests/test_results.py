@@ -272,15 +272,21 @@ def test_the_figure_of_the_differences(tmp_path, write_run, monkeypatch):
     """A group that is cut off, or lacks row 5, is left out; a mark is filled where p < 0.05."""
     monkeypatch.setattr(pages, "ROOT", tmp_path)
     for row, top1 in {"05-kd-both-T1to6": (50, 50, 50), "06-far": (52, 52.1, 51.9),
-                      "07-none": (51, 49, 50)}.items():
+                      "07-GA-teacher": (51, 49, 50)}.items():
         for seed, value in enumerate(top1):
             write_run(tmp_path / "results/glyphs" / row / f"seed{seed}", [value], seed=seed)
     write_run(tmp_path / "results/cifar100/01-ce-weak/seed0", [50], seed=0)
     assert [*pages.ladders()] == ["glyphs"]
     write_run(tmp_path / "results/cifar100/05-kd-both-T1to6/seed0", [50], seed=0, epochs=2)
     (ax,) = pages.draw_differences(pages.ladders()).axes
-    assert [label.get_text() for label in ax.get_yticklabels()] == ["06-far", "07-none"]
+    assert [label.get_text() for label in ax.get_yticklabels()] == [
+        "06-far", "GA, no pseudo-teacher"]
     faces = [line.get_markerfacecolor() for line in ax.lines if line.get_marker() == "o"]
     assert faces == [BLUE, "white"]
     middles = [line.get_xdata()[0] for line in ax.lines if line.get_marker() == "o"]
     assert middles == pytest.approx([2, 0])
+
+
+def test_every_row_of_the_figure_has_words():
+    drawn = {name for rows in pages.ladders().values() for name in rows} - {pages.KD}
+    assert drawn == pages.WORDS.keys()
