@@ -31,19 +31,17 @@ def columns(s):
 
 def legend(s):
     """What stands in the columns, and their headings."""
-    terms = "ce: the weighted cross-entropy with the label"
-    if s.teacher is not None:
-        terms += "; teacher: the weighted KL against the teacher"
+    lines = ["columns   ce: the weighted cross-entropy with the label",
+             f"train%, {s.evaluate}%: top-1 on the weak training views and on the "
+             f"{PARTS[s.evaluate]} part; best%: the best so far"]
     if s.student_swap:
-        terms += "; student: against the pseudo-teacher"
-    lines = [f"columns   {terms}",
-             f"          train%, {s.evaluate}%: top-1 on the training views and on the "
-             f"{PARTS[s.evaluate]} part; best%: the best {s.evaluate}% so far"]
+        lines.insert(1, "student: the weighted KL against the pseudo-teacher")
     if s.teacher is not None:
-        lines.append("          swap: images whose top class is not the label, of the teacher on "
-                     "weak (Tw) and strong (Ts) views, of the student (S)")
+        lines.insert(1, "teacher: the weighted KL against the teacher")
+        lines.append("swap: training images whose top class is not the label: of the teacher on "
+                     "weak (Tw) and\n          strong (Ts) views, of the student (S)")
     heads = " ".join(head.format(part=s.evaluate).rjust(width) for head, _, width, _ in columns(s))
-    return "\n".join([*lines, "", heads])
+    return "\n          ".join(lines) + f"\n\n{heads}"
 
 
 def epoch_line(row, s):
