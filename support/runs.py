@@ -54,15 +54,11 @@ def opened(s, run_dir, resume):
     experiment lie beside each other, and two runs that start at once do not meet. Raises UserError
     where a new run_dir holds something, another process trains there, or it cannot be written.
     """
-    lock = contextlib.ExitStack()
-    folder = by_the_first(lambda: take(Path(run_dir), lock, resume) if run_dir is not None
-                          else free_folder(s, lock))
-    try:
-        yield folder
+    with contextlib.ExitStack() as lock:
+        yield by_the_first(lambda: take(Path(run_dir), lock, resume) if run_dir is not None
+                           else free_folder(s, lock))
         # The first process may still be writing what the others read next.
         by_the_first(lambda: None)
-    finally:
-        lock.close()
 
 
 class Taken(UserError):
