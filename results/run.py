@@ -4,7 +4,7 @@ A finished run is left alone, one that was cut off goes on, a missing teacher is
 runs on one thread of the CPU and in float32, but for the rows that say otherwise, so its numbers do
 not depend on --jobs, a GPU or bfloat16. Logs go to results/GROUP/<row>/seed<k>; weights stay beside
 them, out of git. A teacher's logits are kept in runs/logits, since rows of one seed and the same
-views need the same ones. At the end results/pages.py brings both READMEs up to date.
+views need the same ones. At the end results/pages.py brings the page and its figure up to date.
 """
 import argparse
 import hashlib

@@ -23,7 +23,7 @@ from support.errors import UserError
 from support.files import atomic_write, locked
 from support.plots import plot
 from support.settings import flag
-from support.tables import MAY_CHANGE_ON_RESUME, MAY_CHANGE_WITH_SEED
+from support.tables import MAY_CHANGE_ON_RESUME, MAY_CHANGE_WITH_SEED, TOUCH_NO_NUMBER
 
 FILES = r"(config\.json|env\.json|metrics\.jsonl|curves\.png|best\.pt|last\.pt)"
 
@@ -140,7 +140,7 @@ def reopen(given, run_dir, resolve):
     if run_dir is None:
         raise UserError("--resume: say which run with --run-dir")
     folder = Path(run_dir)
-    names = ", ".join(flag(k) for k in given if k not in ("data_dir", "device", "cuda_graph"))
+    names = ", ".join(flag(k) for k in given if k not in MAY_CHANGE_ON_RESUME)
     if names:
         raise UserError(f"--resume: {folder} goes on with its own settings; leave out {names}")
     try:
@@ -166,7 +166,7 @@ def is_of(checkpoint, s, resolve):
         theirs = resolve(checkpoint["settings"])
     except (ValueError, TypeError, KeyError, AttributeError):
         return False
-    ours = {name: getattr(s, name) for name in MAY_CHANGE_ON_RESUME}
+    ours = {name: getattr(s, name) for name in TOUCH_NO_NUMBER}
     return dataclasses.replace(theirs, **ours) == s
 
 

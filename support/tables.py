@@ -15,10 +15,12 @@ import numpy as np
 
 from support.errors import UserError
 
-# Settings that do not touch a run's numbers, so a resumed run may have others.
-MAY_CHANGE_ON_RESUME = ("data_dir", "device", "teacher_checkpoint")
+# Settings that --resume takes beside a run's own, since they touch none of its numbers.
+MAY_CHANGE_ON_RESUME = ("data_dir", "device", "cuda_graph")
+# With the path of the teacher's file, whose weights are compared by their digest.
+TOUCH_NO_NUMBER = (*MAY_CHANGE_ON_RESUME, "teacher_checkpoint")
 # Settings in which the seeds of a row may differ.
-MAY_CHANGE_WITH_SEED = {"seed", "amp", *MAY_CHANGE_ON_RESUME}
+MAY_CHANGE_WITH_SEED = {"seed", "amp", *TOUCH_NO_NUMBER}
 # What rows must have in common to be compared. A row without a teacher goes with any teacher.
 COMPARABLE = ("data set", "images", "image size", "measured part", "student", "epochs")
 TEACHER = ("teacher", "teacher's weights")

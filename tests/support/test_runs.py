@@ -2,6 +2,7 @@
 from pathlib import Path
 
 import pytest
+import torch
 
 import train
 from support import runs
@@ -49,3 +50,12 @@ def test_a_folder_that_was_there_stays():
     with runs.opened(train.resolve(train.Settings()), "mine/run", False):
         assert Path("mine/run").is_dir()
     assert Path("mine").is_dir() and not Path("mine/run").exists()
+
+
+def test_what_a_gpu_has_gone_on_with_goes_on(short):
+    """A run that was begun without --cuda-graph and resumed with it, and is resumed again."""
+    train.run(short(epochs=2), "run")
+    saved = torch.load("run/last.pt", weights_only=True)
+    settings = saved["settings"] | dict(cuda_graph=True, device="cuda")
+    torch.save(saved | dict(settings=settings), "run/last.pt")
+    assert len(train.run(train.Settings(device="cpu"), "run", resume=True)) == 2
