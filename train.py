@@ -1,4 +1,4 @@
-"""Train a student:  python train.py --method sld   (or ce, kd, dkd, rld; ce has no teacher).
+"""Train a student:  python train.py --method sld   (or ce, kd, dkd, rld, mlkd; ce has no teacher).
 
 Reads from top to bottom: the settings, their recipes, the learning rate, the step, an epoch, a run,
 the teacher. A run leaves its logs and checkpoints in runs/<data>-<method>-<student>/seed<seed>.
@@ -35,8 +35,7 @@ from swap import misclassified
 
 @dataclasses.dataclass(frozen=True)
 class Settings:
-    """Every setting of an experiment. None means: use RECIPES, or else the default of the loss
-    function. support/settings.py has the bounds, and the groups of --help."""
+    """None means: use RECIPES, or else the loss function's default. Bounds: support/settings.py."""
     method: str = setting("the objective, a function of losses.py", tuple(losses.OBJECTIVES))
     dataset: str = setting("default glyphs, rendered here, no download", tuple(DATASETS))
     student: str = setting("a network of models.py or a classifier of torchvision.models")
@@ -50,8 +49,8 @@ class Settings:
     gamma: int = setting("the student swap starts after this epoch")
     ce_weight: float = setting("a, the weight of the cross-entropy")
     kd_weight: float = setting("b, the weight of the KL terms")
-    teacher_fix: str = setting("what is done to the teacher's logits", ("swap", "add", "none"))
-    omega: float = setting("added to the label's logit by --teacher-fix add")
+    teacher_fix: str = setting("what is done to the teacher's logits", tuple(losses.TEACHER_FIXES))
+    omega: float = setting("added to the label's logit by --teacher-fix add and add-wrong")
     student_swap: bool = setting("the swapped student teaches too")
     detach: bool = setting("stop the gradient through the pseudo-teacher")
     standardize: bool = setting("standardize logits before the temperature")
@@ -77,47 +76,48 @@ class Settings:
 # What a setting is unless it is given: a row for each data set and optimiser, and for pretrained
 # networks on a folder. A dict has a value for each method. warmup, drops (x0.1 by "step"), gamma
 # and kd_warmup are written for a run of `of` epochs, and rescaled to --epochs. teach: settings that
-# replace these where the teacher itself is trained; its own optimiser chooses the row.
+# replace these where the teacher itself is trained; its own optimiser chooses the row. mlkd has
+# sld's values, untuned, since it too sums several temperatures on two views.
 RECIPES = {
-    # The rates for glyphs are the best of grids on its validation part: results/README.md.
+    # The other rates for glyphs are the best of grids on its validation part: results/README.md.
     ("glyphs", "sgd"): dict(
         teacher="resnet14", student="resnet8", epochs=9, batch_size=64, weight_decay=5e-4,
-        lr=dict(ce=0.4, kd=0.4, sld=0.1, dkd=0.05, rld=0.1), schedule="cosine", warmup=24,
+        lr=dict(ce=0.4, kd=0.4, sld=0.1, dkd=0.05, rld=0.1, mlkd=0.1), schedule="cosine", warmup=24,
         drops=(150, 180, 210), gamma=150, kd_warmup=20, of=240, teach=dict(epochs=12, lr=0.2)),
     ("glyphs", "adamw"): dict(
         teacher="resnet14", student="resnet8", epochs=16, batch_size=64, weight_decay=0.05,
-        lr=dict(ce=2e-3, kd=1e-3, sld=2e-3, dkd=2e-3, rld=2e-3), schedule="cosine", warmup=24,
-        drops=(150, 180, 210), gamma=150, kd_warmup=20, of=240,
+        lr=dict(ce=2e-3, kd=1e-3, sld=2e-3, dkd=2e-3, rld=2e-3, mlkd=2e-3), schedule="cosine",
+        warmup=24, drops=(150, 180, 210), gamma=150, kd_warmup=20, of=240,
         teach=dict(epochs=64, lr=1e-3, views="both")),
     # As published: ce and kd by RepDistiller, the others by their authors.
     ("cifar100", "sgd"): dict(
         teacher="resnet56", student="resnet20", epochs=240, batch_size=64, weight_decay=5e-4,
-        lr=dict(ce=0.05, kd=0.05, sld=0.025, dkd=0.05, rld=0.05), schedule="step", warmup=0,
-        drops=(150, 180, 210), gamma=150, kd_warmup=20, of=240),
+        lr=dict(ce=0.05, kd=0.05, sld=0.025, dkd=0.05, rld=0.05, mlkd=0.025), schedule="step",
+        warmup=0, drops=(150, 180, 210), gamma=150, kd_warmup=20, of=240),
     ("cifar100", "adamw"): dict(
-        teacher="resnet56", student="resnet20", epochs=240, batch_size=64, lr=1e-3,
-        schedule="cosine", warmup=24, weight_decay=0.05, drops=(150, 180, 210), gamma=150,
-        kd_warmup=20, of=240),
+        teacher="resnet56", student="resnet20", epochs=240, batch_size=64, drops=(150, 180, 210),
+        lr=1e-3, schedule="cosine", warmup=24, weight_decay=0.05, gamma=150, kd_warmup=20, of=240),
     ("imagenet", "sgd"): dict(
-        teacher="resnet34", student="resnet18", epochs=100, batch_size=512, weight_decay=1e-4,
-        lr=0.2, schedule="step", warmup=0, drops=(30, 60, 90), gamma=62.5, kd_warmup=100 / 12,
-        of=100, ce_weight=dict(kd=0.5, sld=0.5), kd_weight=dict(kd=0.5, sld=0.5)),
+        teacher="resnet34", student="resnet18", epochs=100, of=100, batch_size=512, schedule="step",
+        weight_decay=1e-4, lr=0.2, warmup=0, drops=(30, 60, 90), gamma=62.5, kd_warmup=100 / 12,
+        ce_weight=dict(kd=0.5, sld=0.5, mlkd=0.5), kd_weight=dict(kd=0.5, sld=0.5, mlkd=0.5)),
     ("imagenet", "adamw"): dict(
         teacher="resnet34", student="resnet18", epochs=100, batch_size=512, weight_decay=0.05,
         lr=1e-3, schedule="cosine", warmup=10, drops=(30, 60, 90), gamma=62.5, kd_warmup=100 / 12,
-        of=100, ce_weight=dict(kd=0.5, sld=0.5), kd_weight=dict(kd=0.5, sld=0.5)),
+        of=100, ce_weight=dict(kd=0.5, sld=0.5, mlkd=0.5),
+        kd_weight=dict(kd=0.5, sld=0.5, mlkd=0.5)),
     ("folder", "sgd"): dict(
         teacher="resnet20", student="resnet8", epochs=60, batch_size=64, weight_decay=5e-4,
-        lr=dict(ce=0.05, kd=0.05, sld=0.025, dkd=0.05, rld=0.05), schedule="step", warmup=0,
-        drops=(150, 180, 210), gamma=150, kd_warmup=20, of=240),
+        lr=dict(ce=0.05, kd=0.05, sld=0.025, dkd=0.05, rld=0.05, mlkd=0.025), schedule="step",
+        warmup=0, drops=(150, 180, 210), gamma=150, kd_warmup=20, of=240),
     ("folder", "adamw"): dict(
         teacher="resnet20", student="resnet8", epochs=60, batch_size=64, lr=1e-3, schedule="cosine",
         warmup=24, weight_decay=0.05, drops=(150, 180, 210), gamma=150, kd_warmup=20, of=240),
     # Not tuned on real photographs.
     ("pretrained", "sgd"): dict(
         teacher="resnet20", student="resnet8", epochs=10, batch_size=64, weight_decay=1e-4,
-        lr=dict(ce=0.03, kd=0.01, sld=0.003, dkd=0.003, rld=0.003), schedule="cosine", warmup=24,
-        drops=(150, 180, 210), gamma=150, kd_warmup=20, of=240),
+        lr=dict(ce=0.03, kd=0.01, sld=0.003, dkd=0.003, rld=0.003, mlkd=0.003), schedule="cosine",
+        warmup=24, drops=(150, 180, 210), gamma=150, kd_warmup=20, of=240),
     ("pretrained", "adamw"): dict(
         teacher="resnet20", student="resnet8", epochs=10, batch_size=64, lr=1e-4, schedule="cosine",
         warmup=24, weight_decay=0.05, drops=(150, 180, 210), gamma=150, kd_warmup=20, of=240),
@@ -181,7 +181,7 @@ def make_objective(s):
 
 
 # Two views where the method was published with them.
-VIEWS = dict(ce="weak", kd="weak", sld="both", dkd="weak", rld="weak")
+VIEWS = dict(ce="weak", kd="weak", sld="both", dkd="weak", rld="weak", mlkd="both")
 # resolve(settings) -> Settings with every None filled in. Raises UserError for nonsense.
 resolve = functools.partial(recipes.resolve, table=RECIPES, views=VIEWS)
 

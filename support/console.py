@@ -10,6 +10,7 @@ from support.errors import UserError
 COLUMNS = (  # heading, key, width, format
     ("epoch", "epoch", 5, "d"), ("lr", "lr", 8, ".2g"), ("ce", "loss_ce", 7, ".3f"),
     ("teacher", "loss_teacher", 8, ".3f"), ("student", "loss_student", 8, ".3f"),
+    ("batch", "loss_batch", 8, ".3f"), ("class", "loss_class", 9, ".3f"),
     ("train%", "train_top1", 7, ".2f"), ("{part}%", "{part}_top1", 6, ".2f"),
     ("best%", "best_top1", 6, ".2f"), ("swapTw%", "swap_teacher_weak", 8, ".2f"),
     ("swapTs%", "swap_teacher_strong", 8, ".2f"), ("swapS%", "swap_student", 7, ".2f"),
@@ -26,6 +27,8 @@ def columns(s):
         absent.add("swap_teacher_strong")
     if not s.student_swap:
         absent.add("loss_student")
+    if s.method != "mlkd":
+        absent |= {"loss_batch", "loss_class"}
     return [column for column in COLUMNS if column[1] not in absent]
 
 
@@ -36,6 +39,9 @@ def legend(s):
              f"{PARTS[s.evaluate]} part; best%: the best so far"]
     if s.student_swap:
         lines.insert(1, "student: the weighted KL against the pseudo-teacher")
+    if s.method == "mlkd":
+        lines.insert(1, "batch, class: how far the student is from the teacher in what images are "
+                        "alike, and\n          what classes; weighted")
     if s.teacher is not None:
         lines.insert(1, "teacher: the weighted KL against the teacher")
         lines.append("swap: training images whose top class is not the label: of the teacher on "
@@ -93,6 +99,7 @@ def one_line_errors(parser, place="the run folder"):
 def in_words(s, drops):
     """The resolved experiment, a line for each of its parts. drops: the epochs after which the
     learning rate falls."""
+    T = ", ".join(f"{T:g}" for T in s.temperatures or ())
     loss = "CE(label)" if s.method == "ce" else f"losses.{s.method}"
     if s.method in ("dkd", "rld"):
         parts = dict(dkd=("label against the rest", "the other classes"),
@@ -100,10 +107,17 @@ def in_words(s, drops):
         loss = (f"{s.ce_weight:g} CE(label) + {s.alpha:g} T^2 KL({parts[0]}) + {s.beta:g} T^2 "
                 f"KL({parts[1]}) at T = {s.temperature:g}, in full after {s.kd_warmup:g} epochs")
     elif s.method in ("kd", "sld"):
-        fixed = {"swap": "swapped teacher", "add": f"teacher + {s.omega} on the label"}
+        fixed = {"swap": "swapped teacher", "sort": "teacher with the label moved to rank 1",
+                 "add": f"teacher + {s.omega} on the label",
+                 "add-wrong": f"teacher + {s.omega} on the label where it is wrong"}
+        right = ", of rows whose teacher is right" if s.teacher_fix == "mask" else ""
         loss = (f"{s.ce_weight:g} CE(label) + {s.kd_weight:g} T^2 "
-                f"KL({fixed.get(s.teacher_fix, 'teacher')} || student) "
-                f"at T = {', '.join(f'{T:g}' for T in s.temperatures)}")
+                f"KL({fixed.get(s.teacher_fix, 'teacher')} || student) at T = {T}{right}")
+    elif s.method == "mlkd":
+        loss = (f"{s.ce_weight:g} CE(label) + {s.kd_weight:g} T^2 KL(teacher || student)\n"
+                f"          + {s.kd_weight:g} ||P P' - Q Q'||^2 / images: which images are alike\n"
+                f"          + {s.kd_weight:g} ||P' P - Q' Q||^2 / classes: which go together\n"
+                f"          at T = {T}; P, Q: a batch's probabilities, teacher's and student's")
     if s.standardize:
         loss += "\n          of standardized logits"
     if s.student_swap:

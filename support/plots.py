@@ -12,10 +12,12 @@ from support.tables import read_run
 
 # Okabe and Ito's colours, which colour-blind readers can tell apart too.
 BLUE, ORANGE, GREEN, BLACK = "#0072B2", "#E69F00", "#009E73", "#222222"
+PURPLE = "#CC79A7"
 
 # {title: {key of metrics.jsonl: colour}}. A colour means the same in all runs of a figure.
 PANELS = {
-    "weighted loss": {"loss_ce": GREEN, "loss_teacher": BLUE, "loss_student": ORANGE},
+    "weighted loss": {"loss_ce": GREEN, "loss_teacher": BLUE, "loss_student": ORANGE,
+                      "loss_batch": BLACK, "loss_class": PURPLE},
     "top-1, %": {"train_top1": BLACK, "val_top1": BLUE, "test_top1": BLUE},
     "rows swapped, %": {"swap_teacher_weak": BLUE, "swap_teacher_strong": BLACK,
                         "swap_student": ORANGE},

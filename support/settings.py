@@ -119,16 +119,19 @@ def check_sense(s, given, pretrainable):
         (s.student_swap and s.gamma >= s.epochs,
          f"--gamma {s.gamma}: the student swap would never start in a run of {s.epochs} epochs; "
          f"give 0 to {s.epochs - 1}, or --no-student-swap"),
-        ((s.teacher_fix == "add") != (s.omega is not None),
-         "--omega: give it with --teacher-fix add, and only there"),
+        ((s.teacher_fix in ("add", "add-wrong")) != (s.omega is not None),
+         "--omega: give it with --teacher-fix add or add-wrong, and only there"),
     ):
         if wrong:
             raise UserError(message)
 
 
 def check_run(s, n, device, world, check_size):
-    """Raises UserError where n training images do not make batches for `world` processes, or there
-    can be no CUDA graph. check_size: models.check_size."""
+    """Raises UserError where n training images do not make batches for `world` processes, or the
+    method or a CUDA graph does not go with them. check_size: models.check_size."""
+    if s.method == "mlkd" and world > 1:
+        raise UserError("--method mlkd: compares the images of a batch with each other, so one "
+                        "process has to see them all; start it without torchrun")
     if s.cuda_graph and (device.type != "cuda" or world > 1):
         raise UserError("--cuda-graph: needs a CUDA device and a single process; leave it out")
     if s.batch_size > n:

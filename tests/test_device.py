@@ -61,7 +61,9 @@ def test_a_network(cuda, name):
 @pytest.mark.parametrize("options", [
     dict(method="ce"), dict(method="kd"), dict(method="sld", gamma=0),
     dict(method="sld", gamma=0, detach=True), dict(method="sld", teacher_fix="add", omega=2.0),
-    dict(method="sld", teacher_fix="none")], ids=str)
+    dict(method="sld", teacher_fix="none"), dict(method="sld", teacher_fix="sort"),
+    dict(method="sld", teacher_fix="mask"), dict(method="mlkd"),
+    dict(method="sld", teacher_fix="add-wrong", omega=2.0)], ids=str)
 def test_an_objective(cuda, options):
     z_s, z_t = torch.randn(2, B, C, device=cuda)
     objective = train.make_objective(train.resolve(train.Settings(**options)))

@@ -36,7 +36,7 @@ VALUES = {
     "batch-size": ["1", "2", "5", "11", "12", "13", *NUMBERS],
     "optimizer": ["sgd", "adamw", *WORDS],
     "schedule": ["step", "cosine", *WORDS], "seed": ["0", "4294967295", "4294967296", *NUMBERS],
-    "device": ["cpu", "tpu", *WORDS], "teacher-fix": ["swap", "add", "none", *WORDS],
+    "device": ["cpu", "tpu", *WORDS], "teacher-fix": [*train.losses.TEACHER_FIXES, *WORDS],
     "temperatures": ["1 4", "1 1e39", "4 x", *NUMBERS],
 }
 SWITCHES = ("amp", "detach", "student-swap", "standardize", "pretrained")

@@ -220,6 +220,7 @@ def test_eval_of_a_file_that_cannot_be_read(command, path):
 @pytest.mark.parametrize("options", [
     dict(), dict(method="ce"), dict(method="dkd", standardize=True), dict(student_swap=False),
     dict(method="kd", temperatures=[1, 2]), dict(teacher_fix="add", omega=2.0), dict(detach=True),
+    dict(method="mlkd"), dict(teacher_fix="mask"),
     dict(student="vit_nano"), dict(dataset="cifar10"), dict(dataset="imagenet"),
     dict(dataset="folder"), dict(dataset="folder", teacher="resnet50"),
     dict(dataset="folder", teacher="resnet50", student="mobilenet_v3_small"),

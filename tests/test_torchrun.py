@@ -200,5 +200,11 @@ def test_a_batch_smaller_than_the_number_of_processes(start):
     assert first[0] == 2 and "--batch-size 1" in first[2] and first[2].count("\n") == 1
 
 
+def test_mlkd_wants_all_images_of_a_batch_in_one_process(start, tmp_path):
+    first, _ = ends(start("--method", "mlkd"))
+    assert first[0] == 2 and "--method mlkd: compares the images of a batch" in first[2]
+    assert first[2].count("\n") == 1 and not (tmp_path / "run/last.pt").exists()
+
+
 def test_the_learner_of_one_process_is_not_wrapped():
     assert train.process() == (0, 1)
