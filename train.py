@@ -251,19 +251,7 @@ def train_epoch(s, epoch, learner, data):
             waiting.clear()
     hook.remove()
     sums, seconds = dict(zip(names, over_processes(sums, device))), time.perf_counter() - start
-    return as_row(epoch, lr, sums, n, seconds, skipped=steps - len(moves))
-
-
-def as_row(epoch, lr, sums, n, seconds, skipped=0):
-    """The epoch's line of metrics.jsonl. sums: {name: sum over its n rows}, as take_step names."""
-    means = {name: value / n for name, value in sums.items() if name != "loss"}
-    # The student's misclassified rows on the weak view and, where there is one, on the strong.
-    wrong = [means.pop(k) for k in ("swap_student_weak", "swap_student_strong") if k in means]
-    loss_terms = {name: value for name, value in means.items() if name.startswith("loss_")}
-    swaps = {name: 100 * value for name, value in means.items() if name.startswith("swap_")}
-    return dict(epoch=epoch, lr=lr, loss=sum(loss_terms.values()), **loss_terms, **swaps,
-                train_top1=100 * (1 - wrong[0]), swap_student=100 * sum(wrong) / len(wrong),
-                skipped_steps=skipped, seconds=seconds, images_per_second=n / seconds)
+    return runs.as_row(epoch, lr, sums, n, seconds, skipped=steps - len(moves))
 
 
 # --- A run ----------------------------------------------------------------------------------------

@@ -152,7 +152,7 @@ class Run:
         if not (math.isfinite(sums["loss"]) and is_finite(learner.student)):
             raise console.not_finite(s, f"{self.folder}: epoch {self.epoch}: loss or weights are")
         lr, n = train.learning_rate(s, self.epoch - 0.5 / self.steps), len(self.now.target)
-        row = train.as_row(self.epoch, lr, sums, n, seconds)
+        row = runs.as_row(self.epoch, lr, sums, n, seconds)
         measured = measure(predict(learner.student, data.test[0], data.mean, data.std),
                            data.test[1])
         row |= {f"{s.evaluate}_{k}": measured[k] for k in ("top1", "top5", "nll")}
