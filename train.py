@@ -12,6 +12,7 @@ import shlex
 import signal
 import time
 import warnings
+from pathlib import Path
 
 import torch
 from torch.nn.parallel import DistributedDataParallel
@@ -123,6 +124,9 @@ RECIPES = {
         warmup=24, weight_decay=0.05, drops=(150, 180, 210), gamma=150, kd_warmup=20, of=240),
 }
 RECIPES |= {("cifar10", kind): RECIPES["cifar100", kind] for kind in ("sgd", "adamw")}
+# Teachers that are in this repository, for the part that is measured: a validation part is taken
+# from the images on which this one was trained. The config.json beside it says how it was made.
+TEACHERS = {("glyphs", "resnet14", "test"): "results/teachers/resnet14/seed0/best.pt"}
 
 
 def learning_rate(s, done):
@@ -338,17 +342,23 @@ def make_optimizer(s, student):
 # --- The teacher ----------------------------------------------------------------------------------
 
 def get_teacher(s, data, device):
-    """(the frozen teacher in eval mode, digest of its weights): of --teacher-checkpoint, or on
-    imagenet as torchvision publishes it, or else one that is trained first, and kept. Raises
-    UserError where it is hardly better than chance."""
-    published = s.dataset == "imagenet" and s.teacher in TORCHVISION
-    path = s.teacher_checkpoint or (s.teacher if published else own_teacher(s, data))
+    """(the frozen teacher in eval mode, digest of its weights): of --teacher-checkpoint, or of
+    TEACHERS, or on imagenet as torchvision publishes it, or else one that is trained first, and
+    kept. Raises UserError where it is hardly better than chance."""
+    kept = TEACHERS.get((s.dataset, s.teacher, s.evaluate))
+    if s.teacher_checkpoint:
+        path = origin = s.teacher_checkpoint
+    elif kept:
+        path, origin = Path(__file__).parent / kept, kept
+    elif s.dataset == "imagenet" and s.teacher in TORCHVISION:
+        path, origin = s.teacher, "torchvision"
+    else:
+        path = origin = own_teacher(s, data)
     teacher, _ = load_model(path, s.teacher, data)
     teacher.requires_grad_(False).to(device, memory_format=layout(device))
     top1 = measure(predict(teacher, data.test[0], data.mean, data.std), data.test[1])["top1"]
     advice = "" if s.teacher_checkpoint or s.dataset == "glyphs" else ", or more --epochs"
     check_teacher(path, top1, len(data.classes), s.evaluate, advice)
-    origin = "torchvision" if path == s.teacher else path
     print(f"teacher   {s.teacher} from {origin}: {top1:.2f} % {s.evaluate} top-1")
     return teacher, weights_digest(teacher)
 
