@@ -12,6 +12,7 @@ import shlex
 import signal
 import time
 import warnings
+from pathlib import Path
 
 import torch
 from torch.nn.parallel import DistributedDataParallel
@@ -123,6 +124,9 @@ RECIPES = {
         warmup=24, weight_decay=0.05, drops=(150, 180, 210), gamma=150, kd_warmup=20, of=240),
 }
 RECIPES |= {("cifar10", kind): RECIPES["cifar100", kind] for kind in ("sgd", "adamw")}
+# Teachers that are in this repository, for the part that is measured: a validation part is taken
+# from the images on which this one was trained. The config.json beside it says how it was made.
+TEACHERS = {("glyphs", "resnet14", "test"): "results/teachers/resnet14/seed0/best.pt"}
 
 
 def learning_rate(s, done):
@@ -250,15 +254,8 @@ def train_epoch(s, epoch, learner, data):
                 sums = [a + b for a, b in zip(sums or [0] * len(row), row)]
             waiting.clear()
     hook.remove()
-    sums, seconds = over_processes(sums, device), time.perf_counter() - start
-    means = {name: value / n for name, value in zip(names, sums) if name != "loss"}
-    # The student's misclassified rows on the weak view and, where there is one, on the strong.
-    wrong = [means.pop(k) for k in ("swap_student_weak", "swap_student_strong") if k in means]
-    loss_terms = {name: value for name, value in means.items() if name.startswith("loss_")}
-    swaps = {name: 100 * value for name, value in means.items() if name.startswith("swap_")}
-    return dict(epoch=epoch, lr=lr, loss=sum(loss_terms.values()), **loss_terms, **swaps,
-                train_top1=100 * (1 - wrong[0]), swap_student=100 * sum(wrong) / len(wrong),
-                skipped_steps=steps - len(moves), seconds=seconds, images_per_second=n / seconds)
+    sums, seconds = dict(zip(names, over_processes(sums, device))), time.perf_counter() - start
+    return runs.as_row(epoch, lr, sums, n, seconds, skipped=steps - len(moves))
 
 
 # --- A run ----------------------------------------------------------------------------------------
@@ -345,17 +342,23 @@ def make_optimizer(s, student):
 # --- The teacher ----------------------------------------------------------------------------------
 
 def get_teacher(s, data, device):
-    """(the frozen teacher in eval mode, digest of its weights): of --teacher-checkpoint, or on
-    imagenet as torchvision publishes it, or else one that is trained first, and kept. Raises
-    UserError where it is hardly better than chance."""
-    published = s.dataset == "imagenet" and s.teacher in TORCHVISION
-    path = s.teacher_checkpoint or (s.teacher if published else own_teacher(s, data))
+    """(the frozen teacher in eval mode, digest of its weights): of --teacher-checkpoint, or of
+    TEACHERS, or on imagenet as torchvision publishes it, or else one that is trained first, and
+    kept. Raises UserError where it is hardly better than chance."""
+    kept = TEACHERS.get((s.dataset, s.teacher, s.evaluate))
+    if s.teacher_checkpoint:
+        path = origin = s.teacher_checkpoint
+    elif kept:
+        path, origin = Path(__file__).parent / kept, kept
+    elif s.dataset == "imagenet" and s.teacher in TORCHVISION:
+        path, origin = s.teacher, "torchvision"
+    else:
+        path = origin = own_teacher(s, data)
     teacher, _ = load_model(path, s.teacher, data)
     teacher.requires_grad_(False).to(device, memory_format=layout(device))
     top1 = measure(predict(teacher, data.test[0], data.mean, data.std), data.test[1])["top1"]
     advice = "" if s.teacher_checkpoint or s.dataset == "glyphs" else ", or more --epochs"
     check_teacher(path, top1, len(data.classes), s.evaluate, advice)
-    origin = "torchvision" if path == s.teacher else path
     print(f"teacher   {s.teacher} from {origin}: {top1:.2f} % {s.evaluate} top-1")
     return teacher, weights_digest(teacher)
 

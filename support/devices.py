@@ -81,4 +81,4 @@ def environment(device):
                 machine=platform.machine(), device=device.type, device_name=name,
                 cpu_capability=torch.backends.cpu.get_cpu_capability(),
                 threads=torch.get_num_threads(), commit=commit or None,
-                command=" ".join(["train.py", *sys.argv[1:]]))
+                command=" ".join([Path(sys.argv[0]).name, *sys.argv[1:]]))

@@ -181,6 +181,19 @@ def write_json(path, value):
     write(path, (json.dumps(value, indent=1) + "\n").encode())
 
 
+def as_row(epoch, lr, sums, n, seconds, skipped=0):
+    """The line of metrics.jsonl of an epoch. sums: {name: sum over its n rows} of what
+    train.take_step returns."""
+    means = {name: value / n for name, value in sums.items() if name != "loss"}
+    # The student's misclassified rows on the weak view and, where there is one, on the strong.
+    wrong = [means.pop(k) for k in ("swap_student_weak", "swap_student_strong") if k in means]
+    loss_terms = {name: value for name, value in means.items() if name.startswith("loss_")}
+    swaps = {name: 100 * value for name, value in means.items() if name.startswith("swap_")}
+    return dict(epoch=epoch, lr=lr, loss=sum(loss_terms.values()), **loss_terms, **swaps,
+                train_top1=100 * (1 - wrong[0]), swap_student=100 * sum(wrong) / len(wrong),
+                skipped_steps=skipped, seconds=seconds, images_per_second=n / seconds)
+
+
 def write_metrics(folder, history):
     write(folder / "metrics.jsonl", "".join(json.dumps(row) + "\n" for row in history).encode())
 
