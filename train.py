@@ -11,22 +11,20 @@ import math
 import shlex
 import signal
 import time
-import warnings
 from pathlib import Path
 
 import torch
-from torch.nn.parallel import DistributedDataParallel
 from tqdm import tqdm
 
 import losses
 from data import DATASETS, batches, load
 from eval import measure, predict
 from models import check_size, create_model
-from support import console, recipes, runs
+from support import console, distributed, recipes, runs
 from support.checkpoints import check_teacher, is_finite, load_model, weights_digest
 from support.cuda_graph import Recorded
 from support.devices import amp_by_default, keep_on, layout, mixed_precision, pick_device
-from support.distributed import device_of_group, over_processes, process, several_processes
+from support.distributed import over_processes, process
 from support.errors import as_user_error
 from support.networks import TORCHVISION
 from support.settings import check_run, check_values, make_parser, setting
@@ -272,7 +270,7 @@ def run(settings, run_dir=None, resume=False, wrap_teacher=None):
         s, saved = runs.reopen(check_values(settings), run_dir, lambda s: resolve(Settings(**s)))
     else:
         s = resolve(settings)
-    device = pick_device(s.device if world == 1 else device_of_group())
+    device = pick_device(s.device if world == 1 else distributed.device_of_group())
     s = dataclasses.replace(s, amp=amp_by_default(device) if s.amp is None else s.amp)
     with runs.opened(s, run_dir, resume) as folder:
         data = load(s.dataset, s.data_dir, s.image_size, evaluate=s.evaluate)
@@ -323,14 +321,8 @@ def begin(s, data, device, saved, wrap_teacher):
     if teacher and wrap_teacher:
         teacher = wrap_teacher(teacher, digest, s)
     student.to(device, memory_format=layout(device))
-    parallel = student
-    if process()[1] > 1:
-        # Each process keeps batch norm's statistics of its own rows; those of the first are saved.
-        # The warning is of the keyword's new name, which older versions do not know.
-        with warnings.catch_warnings(action="ignore"):
-            parallel = DistributedDataParallel(student, broadcast_buffers=False)
-    return Learner(student, parallel, teacher, digest, make_optimizer(s, student),
-                   *mixed_precision(device, s.amp))
+    return Learner(student, distributed.in_parallel(student), teacher, digest,
+                   make_optimizer(s, student), *mixed_precision(device, s.amp))
 
 
 def make_optimizer(s, student):
@@ -395,7 +387,7 @@ def main(wrap_teacher=None):
     with console.one_line_errors(parser):
         given = vars(parser.parse_args())
         run_dir, resume = given.pop("run_dir"), given.pop("resume")
-        with several_processes(given["device"]):
+        with distributed.several_processes(given["device"]):
             run(Settings(**given), run_dir, resume, wrap_teacher)
 
 

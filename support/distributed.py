@@ -3,9 +3,11 @@ import contextlib
 import io
 import os
 import sys
+import warnings
 
 import torch
 import torch.distributed as dist
+from torch.nn.parallel import DistributedDataParallel
 
 from support.errors import UserError
 
@@ -59,6 +61,16 @@ def by_the_first(choose):
     if isinstance(found[0], UserError):
         raise found[0]
     return found[0]
+
+
+def in_parallel(student):
+    """The student, under torchrun as DistributedDataParallel, which averages the gradients. Each
+    process keeps batch norm's statistics of its own rows; those of the first are saved."""
+    if process()[1] == 1:
+        return student
+    # The warning is of the keyword's new name, which older versions do not know.
+    with warnings.catch_warnings(action="ignore"):
+        return DistributedDataParallel(student, broadcast_buffers=False)
 
 
 def over_processes(numbers, device):

@@ -9,8 +9,11 @@ import pytest
 
 import eval as evaluation
 import train
+from eval import measure, predict
 from results import pages
 from results import run as runner
+from support import glyphs
+from support.checkpoints import load_model
 from support.plots import BLUE
 from support.runs import write_json
 from support.tables import (
@@ -20,6 +23,7 @@ from support.tables import (
     interval_cell,
     last_top1,
     read_rows,
+    read_run,
     table,
     top1_difference,
 )
@@ -290,3 +294,17 @@ def test_the_figure_of_the_differences(tmp_path, write_run, monkeypatch):
 def test_every_row_of_the_figure_has_words():
     drawn = {name for rows in pages.ladders().values() for name in rows} - {pages.KD}
     assert drawn == pages.WORDS.keys()
+
+
+def test_the_teacher_in_the_repository_is_the_one_of_its_log():
+    path = ROOT / train.TEACHERS["glyphs", "resnet14", "test"]
+    assert path.stat().st_size < 800_000
+    teacher, checkpoint = load_model(path)
+    assert checkpoint["classes"] == glyphs.CLASSES
+    config, epochs = read_run(path.parent)
+    env = json.loads((path.parent / "env.json").read_text("utf-8"))
+    assert env["data"] == [glyphs.VERSION] and checkpoint["epoch"] == config["epochs"]
+    images, labels = glyphs.render(glyphs.N_TEST, seed=2)
+    top1 = measure(predict(teacher, images, checkpoint["mean"], checkpoint["std"]), labels)["top1"]
+    # One image in a thousand may fall differently on another processor.
+    assert top1 == pytest.approx(epochs[-1]["test_top1"], abs=0.1)
