@@ -30,11 +30,12 @@ from support.tables import tables
 
 
 @torch.inference_mode()
-def predict(model, images, mean, std, batch_size=None):
+def predict(model, images, mean, std, batch_size=None, who="the network"):
     """Logits (N, C), float32 and on the images' device, of uint8 images (N, 3, S, S).
 
     mean, std: of RGB in [0, 1], which the images are normalised by. batch_size: images at a time;
-    the default suits the device. Leaves the network in eval mode.
+    the default suits the device. who: what to blame for logits that are not finite, with a
+    UserError. Leaves the network in eval mode.
     """
     model.eval()
     device = next(model.parameters()).device
@@ -43,7 +44,13 @@ def predict(model, images, mean, std, batch_size=None):
     batch_size = batch_size or (10 * few if device.type == "cuda" else few)
     parts = (normalize(part.to(device), mean, std) for part in images.split(batch_size))
     logits = [model(x.contiguous(memory_format=layout(device))).float() for x in parts]
-    return torch.cat(logits).to(images.device)
+    logits = torch.cat(logits)
+    broken = (~logits.isfinite().all(1)).nonzero().flatten().tolist()
+    if broken:
+        raise UserError(f"{who}: the outputs on {len(broken)} of {len(logits)} images are not "
+                        f"finite, first on number {broken[0] + 1}; give another checkpoint, or "
+                        "train it with a smaller --lr")
+    return logits.to(images.device)
 
 
 def measure(logits, labels):
@@ -109,7 +116,7 @@ def evaluate(args):
 
     def logits_of(path, name):
         model, _ = load_model(path, name, data)
-        return predict(model.to(device), images, data.mean, data.std)
+        return predict(model.to(device), images, data.mean, data.std, who=path)
     logits = logits_of(args.checkpoint, args.model)
     report = measure(logits, labels)
     if args.teacher_checkpoint:
@@ -130,7 +137,8 @@ def classify(args):
     size = checkpoint["image_size"]
     side = stored_side(size) if checkpoint["dataset"] in PHOTOGRAPHS else size
     images = torch.stack([torch.from_numpy(read_image(path, side)) for path in args.predict])
-    logits = predict(model.to(device), centre(images, size), checkpoint["mean"], checkpoint["std"])
+    logits = predict(model.to(device), centre(images, size), checkpoint["mean"], checkpoint["std"],
+                     who=args.checkpoint)
     probabilities, classes = logits.softmax(1).topk(min(5, len(names)))               # (N, <=5)
     return [dict(file=path, classes=[[names[k], p] for k, p in zip(*row)])
             for path, *row in zip(args.predict, classes.tolist(), probabilities.tolist())]

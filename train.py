@@ -62,7 +62,7 @@ class Settings:
     pretrained: bool = setting("start from torchvision's ImageNet weights")
     data_dir: str = setting("where the data is, or is cached; default data", metavar="DIR")
     image_size: int = setting("side in pixels, of photographs only", metavar="PX")
-    evaluate: str = setting("on test, or a tenth of the training images, held out", ("test", "val"))
+    evaluate: str = setting("on test, or on val/, or else a tenth of train", ("test", "val"))
     optimizer: str = setting("sgd has momentum 0.9", ("sgd", "adamw"))
     weight_decay: float = setting("on all parameters")
     schedule: str = setting("step: x0.1 at the recipe's drops; cosine: to 0", ("step", "cosine"))
@@ -248,7 +248,7 @@ def train_epoch(s, epoch, learner, data):
                 if not math.isfinite(row[0]):
                     lr = learning_rate(s, epoch - 1 + (at + 0.5) / steps)
                     where = f"epoch {epoch}, step {at + 1} of {steps}, lr {lr:g}"
-                    raise console.not_finite(s, f"{where}: the loss is")
+                    raise console.not_finite(s, where, dict(zip(names, row)))
                 sums = [a + b for a, b in zip(sums or [0] * len(row), row)]
             waiting.clear()
     hook.remove()
@@ -286,7 +286,7 @@ def run(settings, run_dir=None, resume=False, wrap_teacher=None):
             for epoch in range(len(history) + 1, s.epochs + 1):
                 row = train_epoch(s, epoch, learner, data)
                 if not is_finite(learner.student):
-                    raise console.not_finite(s, f"epoch {epoch}: the weights are")
+                    raise console.not_finite(s, f"epoch {epoch}")
                 if rank == 0:
                     logits = predict(learner.student, data.test[0], data.mean, data.std)
                     measured = measure(logits, data.test[1])
@@ -297,7 +297,7 @@ def run(settings, run_dir=None, resume=False, wrap_teacher=None):
                 history.append(row)
                 if rank == 0:
                     runs.write_metrics(folder, history)
-                    print(console.epoch_line(row, s), flush=True)
+                    console.print_epoch(s, data, history)
             if rank == 0:
                 # Here too: a run that was killed after its last checkpoint lacks a line.
                 runs.write_metrics(folder, history)
@@ -336,7 +336,7 @@ def make_optimizer(s, student):
 def get_teacher(s, data, device):
     """(the frozen teacher in eval mode, digest of its weights): of --teacher-checkpoint, or of
     TEACHERS, or on imagenet as torchvision publishes it, or else one that is trained first, and
-    kept. Raises UserError where it is hardly better than chance."""
+    kept. Raises UserError where it is hardly better than chance, or its logits are not finite."""
     kept = TEACHERS.get((s.dataset, s.teacher, s.evaluate))
     if s.teacher_checkpoint:
         path = origin = s.teacher_checkpoint
@@ -348,9 +348,9 @@ def get_teacher(s, data, device):
         path = origin = own_teacher(s, data)
     teacher, _ = load_model(path, s.teacher, data)
     teacher.requires_grad_(False).to(device, memory_format=layout(device))
-    top1 = measure(predict(teacher, data.test[0], data.mean, data.std), data.test[1])["top1"]
-    advice = "" if s.teacher_checkpoint or s.dataset == "glyphs" else ", or more --epochs"
-    check_teacher(path, top1, len(data.classes), s.evaluate, advice)
+    logits = predict(teacher, data.test[0], data.mean, data.std, who=origin)
+    top1 = measure(logits, data.test[1])["top1"]
+    check_teacher(s, origin, top1, len(data.classes))
     print(f"teacher   {s.teacher} from {origin}: {top1:.2f} % {s.evaluate} top-1")
     return teacher, weights_digest(teacher)
 

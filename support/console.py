@@ -1,8 +1,11 @@
 """What a run prints: the experiment in words, a line an epoch, and one line for an error."""
 import contextlib
+import math
 import os
 import sys
 import time
+
+import torch
 
 from support.distributed import process
 from support.errors import UserError
@@ -57,6 +60,31 @@ def epoch_line(row, s):
                     for key, width, form in cells)
 
 
+def print_epoch(s, data, history):
+    """Print the line of the last row of `history`, and once in a run that the student has learnt
+    nothing: it is not shown to know more than the classes' shares, by its accuracy on the training
+    and on the measured images, nor by its likelihood."""
+    print(epoch_line(history[-1], s), flush=True)
+    shares = [labels.bincount().cpu() / len(labels) for _, labels in (data.train, data.test)]
+    # The largest class's share and three standard errors, in percent.
+    bounds = [100 * (p.max() + 3 * (p.max() * (1 - p.max()) / len(labels)) ** 0.5)
+              for p, (_, labels) in zip(shares, (data.train, data.test))]
+    entropy = torch.special.entr(shares[1]).sum().item()
+    steps = math.ceil(len(data.train[1]) / s.batch_size)
+
+    def at_chance(row):
+        # Some start slowly: in the warm-up, or with few steps.
+        late = row["epoch"] > s.warmup and row["epoch"] * steps >= 50 or row["epoch"] == s.epochs
+        return (late and row["train_top1"] <= bounds[0] and row[s.evaluate + "_top1"] <= bounds[1]
+                and not row[s.evaluate + "_nll"] < 0.98 * entropy)
+    *before, now = map(at_chance, history)
+    if now and not any(before):
+        top1, nll = (history[-1][f"{s.evaluate}_{key}"] for key in ("top1", "nll"))
+        print(f"warning   no better than guessing: {top1:.2f} % {s.evaluate} top-1, NLL {nll:.4g}; "
+              f"to know only how frequent each class is gives {100 * shares[1].max():.2f} % and "
+              f"{entropy:.4g}; try a tenth of --lr {s.lr:g}, or else a higher one", flush=True)
+
+
 def introduce(s, data, learner, folder, drops):
     """Print what is about to be trained, on what, and what the lines of the epochs mean."""
     half = str(learner.autocast.fast_dtype).removeprefix("torch.")
@@ -70,9 +98,15 @@ def introduce(s, data, learner, folder, drops):
           f"run folder {folder}\n{legend(s)}")
 
 
-def not_finite(s, what):
-    """The UserError to raise where `what` is not finite, with what may help."""
-    return UserError(f"{what} not finite; try a smaller --lr{' or --no-amp' if s.amp else ''}")
+def not_finite(s, where, numbers=None):
+    """The UserError to raise where the weights, or else the loss are not finite, with what may
+    help. numbers: the loss and its terms, {name: number}."""
+    what, way = "the loss is" if numbers else "the weights are", "try a smaller --lr"
+    finite = {name: math.isfinite(number) for name, number in (numbers or {}).items()}
+    if finite.get("loss_ce") and not finite.get("loss_teacher", True):
+        # The cross-entropy, of the student's logits alone, would not be finite either.
+        what, way = "the teacher's outputs are", "give another --teacher-checkpoint"
+    return UserError(f"{where}: {what} not finite; {way}{' or --no-amp' if s.amp else ''}")
 
 
 @contextlib.contextmanager

@@ -24,6 +24,7 @@ class LastLinear(nn.Linear):
 NOT_LOGITS = ("googlenet", "inception_v3")
 TORCHVISION = tuple(name for name in torchvision.models.list_models(module=torchvision.models)
                     if name not in NOT_LOGITS)
+SQUEEZENETS = "squeezenet1_0", "squeezenet1_1"
 
 
 def create_torchvision(name, num_classes, image_size, pretrained):
@@ -31,8 +32,8 @@ def create_torchvision(name, num_classes, image_size, pretrained):
 
     pretrained: with ImageNet weights, and a new last layer unless num_classes is 1,000. image_size:
     side in pixels, which matters only to weights that were made for one size. A linear last layer
-    becomes a LastLinear with the same parameters. Raises ValueError for weights of another image
-    size, or that cannot be had.
+    becomes a LastLinear with the same parameters, and a SqueezeNet loses the ReLU behind its last
+    layer. Raises ValueError for weights of another image size, or that cannot be had.
     """
     model = torchvision.models.get_model(name, num_classes=num_classes)
     # fc, head, classifier.6: the owner of the last parameter.
@@ -51,6 +52,17 @@ def create_torchvision(name, num_classes, image_size, pretrained):
         own = LastLinear(layer.in_features, layer.out_features, device="meta")
         own.weight, own.bias, layer = layer.weight, layer.bias, own
     model.set_submodule(last, layer)
+    if name in SQUEEZENETS:
+        # Where all logits of an image fall below 0, a ReLU makes them tie, and passes no gradient
+        # by which they could rise again.
+        model.classifier[2] = nn.Identity()
+    return model
+
+
+def as_published(name, model):
+    """The network as torchvision defines it, for weights that were trained so."""
+    if name in SQUEEZENETS:
+        model.classifier[2] = nn.ReLU()
     return model
 
 

@@ -122,7 +122,7 @@ def teacher_folder(s, data, pretrained, recipe):
     if data.digests:
         # Two folders may share a name: their images tell them apart.
         name += f"-{data.digests[0]}"
-    if s.evaluate == "val":
+    if data.held_out:
         name += "-val"
     if pretrained:
         name += "-pretrained"

@@ -65,7 +65,7 @@ def test_either_program_goes_on_with_what_the_other_began(group, tmp_path):
 def test_a_run_whose_loss_is_not_finite_does_not_stop_the_others(group, tmp_path, capsys):
     group["ce"] += " --lr 1e6"
     assert train_group(group) == 1
-    assert "results/group/ce/seed0: epoch 1: loss or weights are not finite" in \
+    assert "results/group/ce/seed0: epoch 1: the loss is not finite" in \
         capsys.readouterr().out
     assert_same(history_of(tmp_path, "sld"), alone(group["sld"], tmp_path / "alone"))
     assert not (tmp_path / "results/group/ce/seed0/last.pt").exists()
