@@ -34,7 +34,8 @@ from swap import misclassified
 
 @dataclasses.dataclass(frozen=True)
 class Settings:
-    """None means: use RECIPES, or else the loss function's default. Bounds: support/settings.py."""
+    """Every setting of an experiment. None means: use RECIPES, or else the default of the loss
+    function. support/settings.py has the bounds, and the groups of --help."""
     method: str = setting("the objective, a function of losses.py", tuple(losses.OBJECTIVES))
     dataset: str = setting("default glyphs, rendered here, no download", tuple(DATASETS))
     student: str = setting("a network of models.py or a classifier of torchvision.models")

@@ -144,12 +144,12 @@ def test_what_the_text_says_of_the_experiments():
 
 
 def test_the_worked_row():
-    said = re.search(r"turns the logits (\d+) of 'i' and (\d+) of 'Jj' into (\d+) and (\d+)",
+    said = re.search(r"turns the logits (\d+) of 'T' and (\d+) of 'Il' into (\d+) and (\d+)",
                      " ".join(README.split())).groups()
-    i, jj, *after = map(float, said)
-    # The label is 'Jj'; another class stays.
-    swapped = swap(torch.tensor([[i, jj, 8]]), torch.tensor([1]))
-    assert swapped.tolist() == [[*after, 8]]
+    t, il, *after = map(float, said)
+    # The label is 'Il'; another class stays.
+    swapped = swap(torch.tensor([[t, il, 3]]), torch.tensor([1]))
+    assert swapped.tolist() == [[*after, 3]]
 
 
 def test_what_the_text_says_of_the_gpu():
