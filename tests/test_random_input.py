@@ -12,6 +12,7 @@ import time
 from pathlib import Path
 
 import numpy as np
+import pytest
 import torch
 from PIL import Image
 
@@ -158,6 +159,7 @@ def state():
             if p.parts[0] not in ("run", "new", "runs", "data", "curves.png") and not p.is_dir()}
 
 
+@pytest.mark.slow
 def test_whatever_is_drawn_ends_well(command, easy_glyphs, request, monkeypatch, tmp_path):
     draws, counts, slowest = request.config.getoption("--draws"), collections.Counter(), (0, "")
     for optimizer in ("sgd", "adamw"):

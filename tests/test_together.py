@@ -53,6 +53,7 @@ def test_each_run_is_what_train_py_makes_of_it(group, tmp_path):
         assert_same(history_of(tmp_path, row), alone(flags, tmp_path / f"alone-{row}"))
 
 
+@pytest.mark.slow
 def test_either_program_goes_on_with_what_the_other_began(group, tmp_path):
     assert train_group(group, minutes=0) == 3
     # One epoch each. train.py goes on with one of them, together.py with the others.
@@ -63,6 +64,7 @@ def test_either_program_goes_on_with_what_the_other_began(group, tmp_path):
     assert went_on == history_of(tmp_path, "sld")
 
 
+@pytest.mark.slow
 def test_a_run_whose_loss_is_not_finite_does_not_stop_the_others(group, tmp_path, capsys):
     group["ce"] += " --lr 1e6"
     assert train_group(group) == 1
