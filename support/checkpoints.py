@@ -25,11 +25,12 @@ def load_model(path, name=None, data=None):
     for its published weights. name: the architecture; a foreign file needs it. data: the Dataset
     that the network will see. Its classes and image size are checked, and the network then takes
     images that are normalised by the data's mean and std, whatever it was trained with. checkpoint:
-    the dict in the file, whole.
+    the dict in the file, whole. A run's folder stands for its last.pt.
     Raises UserError for a file that is missing, damaged, no checkpoint, or that holds NaN, another
     network, or a network for other data.
     """
     path = Path(path)
+    path = path / "last.pt" if path.is_dir() else path
     checkpoint = read_checkpoint(path)
     state = weights_in(path, checkpoint)
     name = architecture_in(path, checkpoint, name)
@@ -167,11 +168,16 @@ def is_finite(model):
     return all(value.isfinite().all() for value in model.state_dict().values())
 
 
+def bound_of_chance(C):
+    """(top-1 in percent that chance may give with C classes, what that is called)."""
+    # Twice chance means nothing for 2 classes.
+    return min((200 / C, "twice chance"), (100 / C + 10, "ten points above chance"))
+
+
 def check_teacher(path, top1, C, part, advice):
     """Raises UserError where a teacher is hardly better than chance. path: where it comes from;
     top1: its accuracy on the `part`, in percent; C: classes; advice: what else might help."""
-    # Twice chance means nothing for 2 classes.
-    floor, words = min((200 / C, "twice chance"), (100 / C + 10, "ten points above chance"))
+    floor, words = bound_of_chance(C)
     if not top1 > floor:
         raise UserError(f"{path}: the teacher has {top1:.2f} % {part} top-1, no better than "
                         f"{floor:.2f} % ({words}); give another --teacher-checkpoint{advice}")
