@@ -8,13 +8,11 @@ import dataclasses
 import functools
 import inspect
 import math
-import shlex
 import signal
 import time
 from pathlib import Path
 
 import torch
-from tqdm import tqdm
 
 import losses
 from data import DATASETS, batches, load
@@ -27,7 +25,8 @@ from support.devices import amp_by_default, keep_on, layout, mixed_precision, pi
 from support.distributed import over_processes, process
 from support.errors import as_user_error
 from support.networks import TORCHVISION
-from support.settings import check_run, check_values, make_parser, setting
+from support.report import cost
+from support.settings import DEVICES, check_run, check_values, make_parser, setting
 from support.tables import is_finished, read_run
 from swap import misclassified
 
@@ -68,7 +67,7 @@ class Settings:
     weight_decay: float = setting("on all parameters")
     schedule: str = setting("step: x0.1 at the recipe's drops; cosine: to 0", ("step", "cosine"))
     warmup: float = setting("epochs in which the learning rate grows from 0")
-    device: str = setting("default auto: cuda, mps or cpu", ("auto", "cpu", "cuda", "mps"))
+    device: str = setting("default auto: cuda, mps or cpu", DEVICES)
     amp: bool = setting("mixed precision: bfloat16, on older GPUs float16")
     cuda_graph: bool = setting("record each epoch's step as one CUDA graph, faster on a GPU")
 
@@ -201,6 +200,7 @@ class Learner:
     optimizer: torch.optim.Optimizer
     autocast: torch.autocast
     scaler: torch.amp.GradScaler
+    costs: list = None    # the teacher's top-1, and `cost` of teacher and student
 
 
 def train_epoch(s, epoch, learner, data):
@@ -226,8 +226,8 @@ def train_epoch(s, epoch, learner, data):
     step_of = Recorded(compute, learner.student.parameters()) if s.cuda_graph else compute
     # Views for MPS are made on the CPU.
     made_on = device if device.type == "cuda" else torch.device("cpu")
-    bar = tqdm(batches(data, s.batch_size, s.views, s.seed, epoch, rank, world, made_on),
-               f"epoch {epoch}", steps, leave=False, disable=True if rank else None)
+    made = batches(data, s.batch_size, s.views, s.seed, epoch, rank, world, made_on)
+    bar = console.progress(made, steps, f"epoch {epoch} of {s.epochs}, step", s.epochs - epoch + 1)
     for step, (views, target) in enumerate(bar):
         views = [v.to(device, memory_format=layout(device)) for v in views]        # (B, 3, S, S)
         target = target.to(device)                                                 # (B,)
@@ -280,7 +280,7 @@ def run(settings, run_dir=None, resume=False, wrap_teacher=None):
         check_run(s, len(data.train[1]), device, world, check_size)
         learner = begin(s, data, device, saved, wrap_teacher)
         history = runs.restore(saved, s, data, learner) if saved else []
-        console.introduce(s, data, learner, folder, recipes.drops(s, RECIPES))
+        console.introduce(s, data, learner, folder, *recipes.about(s, RECIPES))
         with runs.report_failure(s, folder, history):
             if rank == 0:
                 runs.start(folder, s, data, learner)
@@ -303,9 +303,7 @@ def run(settings, run_dir=None, resume=False, wrap_teacher=None):
                 # Here too: a run that was killed after its last checkpoint lacks a line.
                 runs.write_metrics(folder, history)
                 runs.write_curves(folder)
-                last, best = history[-1][s.evaluate + "_top1"], history[-1]["best_top1"]
-                print(f"\nlast epoch {last:.2f} %, best {best:.2f} % (selected on {s.evaluate}); "
-                      f"python eval.py {shlex.quote(str(folder / 'last.pt'))}")
+                console.conclude(s, data, learner, folder, history[-1])
     return history
 
 
@@ -319,11 +317,12 @@ def begin(s, data, device, saved, wrap_teacher):
         head = f", with a new last layer for {C} classes" if C != 1000 else ""
         print(f"student   {s.student} from torchvision's ImageNet weights{head}")
     teacher, digest = get_teacher(s, data, device) if s.teacher else (None, None)
+    student.to(device, memory_format=layout(device))
+    costs = teacher and [teacher.top1, *(cost(net, s.image_size) for net in (teacher, student))]
     if teacher and wrap_teacher:
         teacher = wrap_teacher(teacher, digest, s)
-    student.to(device, memory_format=layout(device))
     return Learner(student, distributed.in_parallel(student), teacher, digest,
-                   make_optimizer(s, student), *mixed_precision(device, s.amp))
+                   make_optimizer(s, student), *mixed_precision(device, s.amp), costs)
 
 
 def make_optimizer(s, student):
@@ -353,6 +352,7 @@ def get_teacher(s, data, device):
     top1 = measure(logits, data.test[1])["top1"]
     check_teacher(s, origin, top1, len(data.classes))
     print(f"teacher   {s.teacher} from {origin}: {top1:.2f} % {s.evaluate} top-1")
+    teacher.top1 = top1
     return teacher, weights_digest(teacher)
 
 

@@ -28,16 +28,17 @@ WRAPPERS = re.compile(r"\b(_orig_mod|module)\.")
 def load_model(path, name=None, data=None):
     """(network in eval mode, checkpoint) from a file or a published network.
 
-    path: a checkpoint of train.py; or a foreign state dict, bare or in one of PLACES, whatever
-    WRAPPERS are in its names; or the name of a torchvision network, which stands for its published
-    weights. name: the architecture; a foreign file needs it. data: the Dataset that the network
-    will see. Its classes and image size are checked, and the network then takes images that are
-    normalised by the data's mean and std, whatever it was trained with. checkpoint: the dict in the
-    file, whole.
+    path: a checkpoint of train.py, or a run's folder, which stands for its last.pt; or a foreign
+    state dict, bare or in one of PLACES, whatever WRAPPERS are in its names; or the name of a
+    torchvision network, which stands for its published weights. name: the architecture; a foreign
+    file needs it. data: the Dataset that the network will see. Its classes and image size are
+    checked, and the network then takes images that are normalised by the data's mean and std,
+    whatever it was trained with. checkpoint: the dict in the file, whole.
     Raises UserError for a file that is missing, damaged, no checkpoint, or that holds NaN, another
     network, a network for other data, or tensors that are no real numbers.
     """
     path = Path(path)
+    path = path / "last.pt" if path.is_dir() else path
     checkpoint = read_checkpoint(path)
     state = weights_in(path, checkpoint)
     name = architecture_in(path, checkpoint, name)
@@ -243,12 +244,17 @@ def is_finite(model):
     return all(value.isfinite().all() for value in model.state_dict().values())
 
 
+def bound_of_chance(C):
+    """(top-1 in percent that chance may give with C classes, what that is called)."""
+    # Twice chance means nothing for 2 classes.
+    return min((200 / C, "twice chance"), (100 / C + 10, "ten points above chance"))
+
+
 def check_teacher(s, path, top1, C):
     """Raises UserError where a teacher is hardly better than chance. path: where it comes from;
     top1: its accuracy on the measured part, in percent; C: classes."""
     advice = "" if s.teacher_checkpoint or s.dataset == "glyphs" else ", or more --epochs"
-    # Twice chance means nothing for 2 classes.
-    floor, words = min((200 / C, "twice chance"), (100 / C + 10, "ten points above chance"))
+    floor, words = bound_of_chance(C)
     if not top1 > floor:
         raise UserError(f"{path}: the teacher has {top1:.2f} % {s.evaluate} top-1, no better than "
                         f"{floor:.2f} % ({words}); give another --teacher-checkpoint{advice}")

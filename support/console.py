@@ -1,14 +1,19 @@
-"""What a run prints: the experiment in words, a line an epoch, and one line for an error."""
+"""What a run prints: the experiment in words, a line an epoch, how far it is, and one line for an
+error."""
 import contextlib
+import io
 import math
 import os
+import shlex
 import sys
 import time
 
 import torch
+from tqdm import tqdm
 
 from support.distributed import process
 from support.errors import UserError
+from support.report import comparison
 
 COLUMNS = (  # heading, key, width, format
     ("epoch", "epoch", 5, "d"), ("lr", "lr", 8, ".2g"), ("ce", "loss_ce", 7, ".3f"),
@@ -85,17 +90,31 @@ def print_epoch(s, data, history):
               f"{entropy:.4g}; try a tenth of --lr {s.lr:g}, or else a higher one", flush=True)
 
 
-def introduce(s, data, learner, folder, drops):
-    """Print what is about to be trained, on what, and what the lines of the epochs mean."""
+def introduce(s, data, learner, folder, drops, own):
+    """Print what is about to be trained, on what, and what the lines of the epochs mean. drops,
+    own: as for `in_words`."""
     half = str(learner.autocast.fast_dtype).removeprefix("torch.")
     precision = f"mixed precision ({half})" if s.amp else "float32"
     world = process()[1]
     device = next(learner.student.parameters()).device
     print(f"data      {s.dataset}: {len(data.train[1])} training and {len(data.test[1])} "
           f"{PARTS[s.evaluate]} images, {len(data.classes)} classes, {s.image_size} px\n"
-          f"{in_words(s, drops)}\n"
+          f"{in_words(s, drops, own)}\n"
           f"device    {device.type}{f' in {world} processes' if world > 1 else ''}, {precision}; "
           f"run folder {folder}\n{legend(s)}")
+
+
+def conclude(s, data, learner, folder, row):
+    """Print what has come of a run: row is the last epoch's line of metrics.jsonl."""
+    last, best = row[s.evaluate + "_top1"], row["best_top1"]
+    print()
+    if learner.costs:
+        top1, teacher, student = learner.costs
+        print(comparison(dict(name=s.teacher, top1=top1) | teacher,
+                         dict(name=s.student, top1=last) | student, len(data.classes), s.evaluate,
+                         next(learner.student.parameters()).device.type))
+    print(f"last epoch {last:.2f} %, best {best:.2f} % (selected on {s.evaluate}); "
+          f"python eval.py {shlex.quote(str(folder / 'last.pt'))}")
 
 
 def not_finite(s, where, numbers=None):
@@ -109,13 +128,42 @@ def not_finite(s, where, numbers=None):
     return UserError(f"{where}: {what} not finite; {way}{' or --no-amp' if s.amp else ''}")
 
 
+def progress(items, total, what, rounds=1):
+    """The `total` items one by one, with tqdm's bar on a terminal, elsewhere with a line at most
+    every 30 seconds. what: words before the number that are done. rounds: of how many passes
+    like this one, which is the first, the line estimates the time."""
+    if sys.stderr.isatty():
+        yield from tqdm(items, what, total, leave=False, delay=1, disable=process()[0] > 0)
+        return
+    start = said = time.monotonic()
+    for done, item in enumerate(items):
+        now = time.monotonic()
+        if done and now - said >= 30:
+            said, minutes = now, round((now - start) * (total * rounds / done - 1) / 60)
+            left = f"{minutes // 60} h {minutes % 60} min" if minutes >= 60 else f"{minutes} min"
+            print(f"{what} {done} of {total}, about {left} to go", flush=True)
+        yield item
+
+
 @contextlib.contextmanager
 def one_line_errors(parser, place="the run folder"):
-    """Whatever a user can mend ends the program with one line and status 2; Ctrl-C with 130.
+    """Whatever a user can mend ends the program with one line and status 2; Ctrl-C with 130, and
+    with 141, quietly, once nobody reads the output any more. Names in any script can be printed:
+    what the console's encoding lacks appears as \\u732b.
+
     place: what to blame for an OSError that names no file."""
     rank = int(os.environ.get("RANK", 0))
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        # Line by line, so that a file shows how far a run is.
+        sys.stdout.reconfigure(errors="backslashreplace", line_buffering=True)
     try:
-        yield
+        try:
+            yield
+        finally:
+            print(end="", flush=True)
+    except BrokenPipeError:
+        drop_output()
+        sys.exit(141)
     except UserError as error:
         if rank:
             # Most errors occur on every process: let the first one print, before torchrun ends it.
@@ -123,6 +171,7 @@ def one_line_errors(parser, place="the run folder"):
         parser.exit(2, f"{parser.prog}: {error}\n")
     except OSError as error:
         # A full disk, a folder without permission.
+        drop_output()
         parser.exit(2, f"{parser.prog}: {error.filename or place}: {error.strerror or error}\n")
     except KeyboardInterrupt as stop:
         if rank:
@@ -130,11 +179,17 @@ def one_line_errors(parser, place="the run folder"):
         parser.exit(130, f"\n{parser.prog}: interrupted; {stop or 'nothing was saved yet'}\n")
 
 
-def in_words(s, drops):
+def drop_output():
+    """Else Python complains, when it ends, of what a closed pipe or a full disk does not take."""
+    with contextlib.suppress(AttributeError, OSError):
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+
+
+def in_words(s, drops, own=""):
     """The resolved experiment, a line for each of its parts. drops: the epochs after which the
-    learning rate falls."""
+    learning rate falls. own: what to say of an objective that is not one of the six."""
     T = ", ".join(f"{T:g}" for T in s.temperatures or ())
-    loss = "CE(label)" if s.method == "ce" else f"losses.{s.method}"
+    loss = "CE(label)" if s.method == "ce" else own
     if s.method in ("dkd", "rld"):
         parts = dict(dkd=("label against the rest", "the other classes"),
                      rld=("teacher's certainty", "the classes below the label"))[s.method]

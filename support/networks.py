@@ -1,13 +1,14 @@
 """The classifiers of torchvision.models under the interface of models.py, and what is asked about
 a network before it is used: whether its name exists, and which images it takes.
 """
-import difflib
 import functools
 from pathlib import Path
 
 import torch
 import torchvision
 from torch import nn
+
+from support.errors import nearest
 
 
 class LastLinear(nn.Linear):
@@ -84,8 +85,7 @@ def check_name(name, ours):
     if name in NOT_LOGITS:
         raise ValueError(f"{name}: returns more than logits in training; choose another network")
     if name not in ours and name not in TORCHVISION:
-        near = difflib.get_close_matches(name, [*ours, *TORCHVISION], 4)
-        which = f"nearest: {', '.join(near)}" if near else f"choose among {', '.join(ours)}"
+        which = nearest(name, [*ours, *TORCHVISION], 4) or f"choose among {', '.join(ours)}"
         raise ValueError(f"{name}: unknown network; {which}, or a classifier of torchvision.models")
 
 

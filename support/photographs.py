@@ -19,8 +19,8 @@ from pathlib import Path
 import numpy as np
 import torch
 from PIL import Image, ImageOps
-from tqdm import tqdm
 
+from support.console import progress
 from support.errors import UserError
 from support.files import atomic_write, cache_lock
 
@@ -348,16 +348,15 @@ def _decode(folder, paths, shape, path):
     # Threads suffice, since Pillow decodes without the GIL. Taking 512 images at a time bounds how
     # many decoded ones wait in memory.
     with (atomic_write(path) as file, ThreadPoolExecutor() as pool,
-          warnings.catch_warnings(action="ignore"),
-          tqdm(total=len(paths), unit=" images", leave=False, disable=None) as bar):
+          warnings.catch_warnings(action="ignore")):
         header = dict(descr="|u1", fortran_order=False, shape=shape)
         np.lib.format.write_array_header_1_0(file, header)
         hashed = hashlib.sha256()
-        for at in range(0, len(paths), 512):
-            some = paths[at:at + 512]
-            for name, image in zip(some, pool.map(lambda path: read_image(path, shape[-1]), some)):
-                file.write(image)
-                hashed.update(_name(folder, name) + b"\0")
-                hashed.update(image)
-                bar.update()
+        images = (image for at in range(0, len(paths), 512)
+                  for image in pool.map(lambda path: read_image(path, shape[-1]),
+                                        paths[at:at + 512]))
+        for image, name in zip(progress(images, len(paths), "image"), paths):
+            file.write(image)
+            hashed.update(_name(folder, name) + b"\0")
+            hashed.update(image)
         file.write(hashed.digest())

@@ -269,6 +269,8 @@ def report_failure(s, folder, history):
     command = f"{launch} train.py --resume --run-dir {shlex.quote(str(folder))}"
     try:
         yield
+    except BrokenPipeError:
+        raise
     except UserError as error:
         saved = f"epoch {len(history)} is saved" if history else "no epoch was saved"
         raise UserError(f"{error}; {saved}")

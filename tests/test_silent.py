@@ -332,14 +332,14 @@ def test_a_path_given_to_a_resumed_run_leaves_a_checkpoint_that_loads(short):
 
 
 def test_the_readmes_way_to_a_new_objective(monkeypatch):
-    monkeypatch.setitem(train.losses.OBJECTIVES, "mine", train.losses.kd)
+    monkeypatch.setitem(train.losses.OBJECTIVES, "newcomer", train.losses.kd)
     row = train.RECIPES["glyphs", "sgd"]
-    monkeypatch.setitem(row, "lr", row["lr"] | dict(mine=0.03))
+    monkeypatch.setitem(row, "lr", row["lr"] | dict(newcomer=0.03))
     choices = train.Settings.__dataclass_fields__["method"].metadata["choices"]
     assert choices == tuple(train.losses.OBJECTIVES)[:-1]
     field = train.Settings.__dataclass_fields__["method"]
-    monkeypatch.setattr(field, "metadata", dict(field.metadata, choices=(*choices, "mine")))
-    assert train.resolve(train.Settings(method="mine")).lr == 0.03
+    monkeypatch.setattr(field, "metadata", dict(field.metadata, choices=(*choices, "newcomer")))
+    assert train.resolve(train.Settings(method="newcomer")).lr == 0.03
 
 
 def test_a_table_of_a_single_run(short, command):
