@@ -22,6 +22,7 @@ from eval import measure, predict
 from models import check_size, create_model
 from support import console, distributed, recipes, runs
 from support.checkpoints import check_teacher, is_finite, load_model, weights_digest
+from support.compiled import compiled
 from support.cuda_graph import Recorded
 from support.devices import amp_by_default, keep_on, layout, mixed_precision, pick_device
 from support.distributed import over_processes, process
@@ -71,6 +72,7 @@ class Settings:
     device: str = setting("default auto: cuda, mps or cpu", ("auto", "cpu", "cuda", "mps"))
     amp: bool = setting("mixed precision: bfloat16, on older GPUs float16")
     cuda_graph: bool = setting("record each epoch's step as one CUDA graph, faster on a GPU")
+    compile: bool = setting("torch.compile student and teacher, for long runs; first step is late")
 
 
 # What a setting is unless it is given: a row for each data set and optimiser, and for pretrained
@@ -321,8 +323,9 @@ def begin(s, data, device, saved, wrap_teacher):
     if teacher and wrap_teacher:
         teacher = wrap_teacher(teacher, digest, s)
     student.to(device, memory_format=layout(device))
-    return Learner(student, distributed.in_parallel(student), teacher, digest,
-                   make_optimizer(s, student), *mixed_precision(device, s.amp))
+    learner = Learner(student, distributed.in_parallel(student), teacher, digest,
+                      make_optimizer(s, student), *mixed_precision(device, s.amp))
+    return compiled(learner) if s.compile else learner
 
 
 def make_optimizer(s, student):
