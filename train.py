@@ -255,7 +255,7 @@ def train_epoch(s, epoch, learner, data):
             waiting.clear()
     hook.remove()
     sums, seconds = dict(zip(names, over_processes(sums, device))), time.perf_counter() - start
-    return runs.as_row(epoch, lr, sums, n, seconds, skipped=steps - len(moves))
+    return runs.as_row(epoch, lr, sums, n, seconds, steps - len(moves), learner.scaler)
 
 
 # --- A run ----------------------------------------------------------------------------------------
@@ -390,7 +390,7 @@ def main(wrap_teacher=None):
     with console.one_line_errors(parser):
         given = vars(parser.parse_args())
         run_dir, resume = given.pop("run_dir"), given.pop("resume")
-        with distributed.several_processes(given["device"]):
+        with distributed.several_processes(given["device"] or runs.saved_device(run_dir)):
             run(Settings(**given), run_dir, resume, wrap_teacher)
 
 
