@@ -2,9 +2,9 @@
 
 images: (N, 3, S, S) uint8 RGB, in memory or, where they are photographs, mapped from a file on
 disk; labels: (N,) int64. Every random draw of an epoch comes from one CPU generator that is a
-function of (seed, epoch). So the views are the same on every device, nothing needs a worker
-process, and a resumed run needs no random state. What each operation of the views does to the
-pixels is in support/augment.py.
+function of (seed, epoch). So the views are the same on every device, those of photographs to within
+a level on rare pixels; nothing needs a worker process, and a resumed run needs no random state.
+What each operation of the views does to the pixels is in support/augment.py.
 """
 import dataclasses
 import urllib.error
@@ -140,18 +140,25 @@ def batches(dataset, batch_size, views, seed, epoch, rank=0, world=1, device=Non
     at_once = max(1, (512 if device.type == "cpu" else 8192) * 32 ** 2 // size ** 2)
     chunk = batch_size * max(1, at_once // batch_size)
 
-    def make(at):
-        """The normalised views of the images at the positions `at`, a slice, of this epoch."""
-        rows = images.index_select(0, order[at].to(images.device)).to(device)
-        drawn = [{k: v[at] for k, v in view.items()} for view in numbers]
+    def fetch(at):
+        """The images at the positions `at`, a slice, of this epoch."""
+        return images.index_select(0, order[at].to(images.device))
+
+    def make(at, rows):
+        """The normalised views of these images."""
+        rows, drawn = rows.to(device), [{k: v[at] for k, v in view.items()} for view in numbers]
         return [normalize(view(rows, values, size), dataset.mean, dataset.std)
                 for view, values in zip((weak_view, strong_view), drawn)]
 
+    pieces = [slice(at, min(at + at_once, start + chunk, n)) for start in range(0, n, chunk)
+              for at in range(start, min(start + chunk, n), at_once)]
+    # Photographs may have to be read from a disk.
+    fetched = (map if dataset.area is None else photographs.one_ahead)(fetch, pieces)
     for start in range(0, n, chunk):
         stop = min(start + chunk, n)
         made = [torch.empty(stop - start, 3, size, size, device=device) for _ in numbers]
         for at in range(start, stop, at_once):
-            for whole, piece in zip(made, make(slice(at, min(at + at_once, stop)))):
+            for whole, piece in zip(made, make(slice(at, min(at + at_once, stop)), next(fetched))):
                 whole[at - start:at - start + len(piece)] = piece
         target = labels[order[start:stop].to(labels.device)].to(device)
         for at in range(0, stop - start, batch_size):

@@ -20,6 +20,7 @@ from eval import measure, predict
 from models import check_size, create_model
 from support import console, distributed, recipes, runs
 from support.checkpoints import check_teacher, is_finite, load_model, weights_digest
+from support.compiled import compiled
 from support.cuda_graph import Recorded
 from support.devices import amp_by_default, keep_on, layout, mixed_precision, pick_device
 from support.distributed import over_processes, process
@@ -70,6 +71,7 @@ class Settings:
     device: str = setting("default auto: cuda, mps or cpu", DEVICES)
     amp: bool = setting("mixed precision: bfloat16, on older GPUs float16")
     cuda_graph: bool = setting("record each epoch's step as one CUDA graph, faster on a GPU")
+    compile: bool = setting("torch.compile student and teacher, for long runs; first step is late")
 
 
 # What a setting is unless it is given: a row for each data set and optimiser, and for pretrained
@@ -254,7 +256,7 @@ def train_epoch(s, epoch, learner, data):
             waiting.clear()
     hook.remove()
     sums, seconds = dict(zip(names, over_processes(sums, device))), time.perf_counter() - start
-    return runs.as_row(epoch, lr, sums, n, seconds, skipped=steps - len(moves))
+    return runs.as_row(epoch, lr, sums, n, seconds, steps - len(moves), learner.scaler)
 
 
 # --- A run ----------------------------------------------------------------------------------------
@@ -321,8 +323,9 @@ def begin(s, data, device, saved, wrap_teacher):
     costs = teacher and [teacher.top1, *(cost(net, s.image_size) for net in (teacher, student))]
     if teacher and wrap_teacher:
         teacher = wrap_teacher(teacher, digest, s)
-    return Learner(student, distributed.in_parallel(student), teacher, digest,
-                   make_optimizer(s, student), *mixed_precision(device, s.amp), costs)
+    learner = Learner(student, distributed.in_parallel(student), teacher, digest,
+                      make_optimizer(s, student), *mixed_precision(device, s.amp), costs)
+    return compiled(learner) if s.compile else learner
 
 
 def make_optimizer(s, student):
@@ -388,7 +391,7 @@ def main(wrap_teacher=None):
     with console.one_line_errors(parser):
         given = vars(parser.parse_args())
         run_dir, resume = given.pop("run_dir"), given.pop("resume")
-        with distributed.several_processes(given["device"]):
+        with distributed.several_processes(given["device"] or runs.saved_device(run_dir)):
             run(Settings(**given), run_dir, resume, wrap_teacher)
 
 

@@ -173,6 +173,8 @@ class Run:
 def open_runs(stack, rows, group, seed, device):
     """([Run], data): those that are not finished, begun or gone on with."""
     device, opened, data = pick_device(device), [], None
+    if device.type == "mps":
+        raise UserError("--device mps: has not been tried here; give cpu, or take results/run.py")
     for name, flags in rows.items():
         folder = ROOT / "results" / group / name / f"seed{seed}"
         given, saved = vars(make_parser(train.Settings, "").parse_args(flags.split())), None
@@ -191,6 +193,9 @@ def open_runs(stack, rows, group, seed, device):
             data = load(s.dataset, s.data_dir, s.image_size, evaluate=s.evaluate)
             keep_on(device, data)
         learner = train.begin(s, data, device, saved, None)
+        if learner.scaler.is_enabled():
+            raise UserError(f"{folder}: float16, which this GPU takes for --amp, needs train.py's "
+                            "scaled gradients; take results/run.py, or another GPU")
         history = runs.restore(saved, s, data, learner) if saved else []
         runs.start(folder, s, data, learner)
         opened.append((s, folder, learner, history))

@@ -13,7 +13,6 @@ from pathlib import Path
 
 import torch
 import torchvision
-from torchvision.transforms.v2 import functional as F_vision
 
 from models import check_size, create_model
 from support.errors import UserError, as_user_error
@@ -229,9 +228,12 @@ def adapt_normalisation(path, checkpoint, model, data):
     print(f"{path}: sees images normalised as it was trained, by mean and std {own.tolist()}, not "
           f"by the data's {theirs.tolist()}")
     # (x - own mean) / own std, of x in [0, 1], from (x - mean) / std.
-    mean = ((own[0] - theirs[0]) / theirs[1]).tolist()
-    std = (own[1] / theirs[1]).tolist()
-    model.register_forward_pre_hook(lambda _, x: (F_vision.normalize(x[0], mean, std),))
+    mean, std = (own[0] - theirs[0]) / theirs[1], own[1] / theirs[1]
+    # Buffers, so that they move with the network once, and not to a GPU at every step. They are no
+    # part of the weights, whose digest is kept.
+    for name, value in (("own_mean", mean), ("own_std", std)):
+        model.register_buffer(name, value.float().view(3, 1, 1), persistent=False)
+    model.register_forward_pre_hook(lambda model, x: ((x[0] - model.own_mean) / model.own_std,))
 
 
 def weights_digest(model):

@@ -59,10 +59,13 @@ def legend(s):
 
 
 def epoch_line(row, s):
-    """One fixed-width line under the headings; a term that has not joined yet shows as a dash."""
+    """One fixed-width line under the headings; a term that has not joined yet shows as a dash.
+    Behind it, where float16 overflowed, how many steps were skipped."""
     cells = ((key.format(part=s.evaluate), width, form) for _, key, width, form in columns(s))
-    return " ".join((format(row[key], form) if key in row else "-").rjust(width)
+    line = " ".join((format(row[key], form) if key in row else "-").rjust(width)
                     for key, width, form in cells)
+    skipped = row.get("skipped_steps")
+    return line + (f"  {skipped} steps skipped" if skipped else "")
 
 
 def print_epoch(s, data, history):
@@ -173,6 +176,10 @@ def one_line_errors(parser, place="the run folder"):
         # A full disk, a folder without permission.
         drop_output()
         parser.exit(2, f"{parser.prog}: {error.filename or place}: {error.strerror or error}\n")
+    except torch.OutOfMemoryError as error:
+        # In training it is a UserError already. Here the images or the networks do not fit.
+        parser.exit(2, f"{parser.prog}: --device: the GPU's memory is full; end what else uses it, "
+                       f"or give --device cpu ({str(error).splitlines()[0]})\n")
     except KeyboardInterrupt as stop:
         if rank:
             sys.exit(130)

@@ -40,8 +40,13 @@ def several_processes(device):
         # says so itself.
         with contextlib.suppress(RuntimeError):
             dist.barrier()
-    finally:
-        dist.destroy_process_group()
+    except BaseException:
+        # The others wait for this one's gradients, and nccl's clean-up would wait for the others
+        # (pytorch/torchtitan#1342). Without it this process ends, and torchrun then ends them.
+        if not gpu:
+            dist.destroy_process_group()
+        raise
+    dist.destroy_process_group()
 
 
 def by_the_first(choose):
@@ -68,6 +73,8 @@ def in_parallel(student):
     process keeps batch norm's statistics of its own rows; those of the first are saved."""
     if process()[1] == 1:
         return student
+    # Of a 1x1 convolution, whose strides mean the same in either layout (pytorch/pytorch#157862).
+    warnings.filterwarnings("ignore", "Grad strides do not match bucket view strides")
     # The warning is of the keyword's new name, which older versions do not know.
     with warnings.catch_warnings(action="ignore"):
         return DistributedDataParallel(student, broadcast_buffers=False)

@@ -51,6 +51,19 @@ def centre(images, size):
     return images[:, :, at:at + size, at:at + size]
 
 
+def one_ahead(function, arguments):
+    """function(argument) for each of the arguments, in order. While one result is used, a thread
+    makes the next. What the function raises is raised here; the thread ends with this generator."""
+    coming = []
+    with ThreadPoolExecutor(1) as thread:
+        for argument in arguments:
+            coming.append(thread.submit(function, argument))
+            if len(coming) == 2:
+                yield coming.pop(0).result()
+        for last in coming:
+            yield last.result()
+
+
 def has_parts(root):
     """Whether the folder `root` holds parts, and not the classes themselves."""
     # Trains among vehicles are a class: a folder of that name without folders in it.
@@ -343,7 +356,8 @@ def _decode(folder, paths, shape, path):
     """Write the images into the file `path`, followed by the digest of their names and pixels."""
     for left_by_a_kill in CACHE.glob("*px-*.npy.*.tmp"):
         left_by_a_kill.unlink()
-    print(f"decoding {len(paths)} images into {path}", flush=True)
+    print(f"decoding {len(paths)} images into {path} ({math.prod(shape) / 2 ** 30:.1f} GiB)",
+          flush=True)
     # The file is written, not mapped: writing to a map would end the process on a full disk.
     # Threads suffice, since Pillow decodes without the GIL. Taking 512 images at a time bounds how
     # many decoded ones wait in memory.

@@ -160,6 +160,15 @@ def reopen(given, run_dir, resolve):
     return dataclasses.replace(s, **given), checkpoint
 
 
+def saved_device(run_dir):
+    """The device that the config.json of a run to be resumed says; None where there is none."""
+    try:
+        return json.loads((Path(run_dir) / "config.json").read_text("utf-8")).get("device")
+    except (OSError, ValueError, TypeError, AttributeError):
+        # `reopen` says what is wrong with it.
+        return None
+
+
 def is_of(checkpoint, s, resolve):
     """Whether a checkpoint is one of the run with the settings s."""
     try:
@@ -181,9 +190,14 @@ def write_json(path, value):
     write(path, (json.dumps(value, indent=1) + "\n").encode())
 
 
-def as_row(epoch, lr, sums, n, seconds, skipped=0):
+def as_row(epoch, lr, sums, n, seconds, skipped=0, scaler=None):
     """The line of metrics.jsonl of an epoch. sums: {name: sum over its n rows} of what
-    train.take_step returns."""
+    train.take_step returns. skipped: the steps that the GradScaler left out. Raises UserError where
+    it would leave out any."""
+    # It halves its scale each time. So small a scale makes no gradient of float16 overflow.
+    if skipped and scaler.get_scale() < 2 ** -24:
+        raise UserError(f"epoch {epoch}: {skipped} steps were skipped, since the gradients are not "
+                        "finite; try --no-amp or a smaller --lr")
     means = {name: value / n for name, value in sums.items() if name != "loss"}
     # The student's misclassified rows on the weak view and, where there is one, on the strong.
     wrong = [means.pop(k) for k in ("swap_student_weak", "swap_student_strong") if k in means]

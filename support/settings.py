@@ -15,7 +15,7 @@ GROUPS = {
     "networks": "student teacher teacher_checkpoint pretrained",
     "data": "dataset data_dir image_size evaluate",
     "optimisation": "epochs batch_size optimizer lr weight_decay schedule warmup",
-    "the run": "seed device amp cuda_graph",
+    "the run": "seed device amp cuda_graph compile",
 }
 EXAMPLES = """
 examples:
@@ -107,7 +107,8 @@ def make_parser(settings_class, description):
     group.add_argument("--run-dir", metavar="DIR", help="a new folder for logs and checkpoints; "
                        "default: runs/<data>-<method>-<student>/seed<seed>")
     group.add_argument("--resume", action="store_true", help="go on with the run in --run-dir, by "
-                       "its own settings; only --data-dir, --device and --cuda-graph go with it")
+                       "its own settings; only --data-dir, --device, --cuda-graph and --compile go "
+                       "with it")
     return parser
 
 

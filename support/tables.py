@@ -15,8 +15,8 @@ import numpy as np
 
 from support.errors import UserError
 
-# Settings that --resume takes beside a run's own, since they touch none of its numbers.
-MAY_CHANGE_ON_RESUME = ("data_dir", "device", "cuda_graph")
+# Settings that --resume takes beside a run's own, since they touch its numbers by rounding at most.
+MAY_CHANGE_ON_RESUME = ("data_dir", "device", "cuda_graph", "compile")
 # With the path of the teacher's file, whose weights are compared by their digest.
 TOUCH_NO_NUMBER = (*MAY_CHANGE_ON_RESUME, "teacher_checkpoint")
 # Settings in which the seeds of a row may differ.

@@ -8,6 +8,7 @@ import torch
 
 import train
 from results import together
+from support.errors import UserError
 
 
 @pytest.fixture
@@ -62,6 +63,17 @@ def test_either_program_goes_on_with_what_the_other_began(group, tmp_path):
     for row, flags in group.items():
         assert_same(history_of(tmp_path, row), alone(flags, tmp_path / f"alone-{row}"))
     assert went_on == history_of(tmp_path, "sld")
+
+
+def test_a_device_on_which_it_would_be_wrong_is_refused(group, monkeypatch):
+    monkeypatch.setattr(together, "pick_device", torch.device)
+    with pytest.raises(UserError, match="^--device mps: "), contextlib.ExitStack() as stack:
+        together.open_runs(stack, group, "group", 0, "mps")
+    # As on a GPU without bfloat16.
+    monkeypatch.setattr(train, "mixed_precision", lambda device, on: (
+        torch.autocast("cpu", torch.bfloat16, enabled=False), torch.amp.GradScaler("cpu")))
+    with pytest.raises(UserError, match="float16"), contextlib.ExitStack() as stack:
+        together.open_runs(stack, group, "group", 0, "cpu")
 
 
 @pytest.mark.slow

@@ -543,6 +543,16 @@ def test_a_full_gpu_names_the_batch_size_and_a_smaller_one(short, monkeypatch):
         run(short(), "run")
 
 
+def test_a_gpu_that_is_full_before_the_first_step_is_one_line(command, base, color_teacher,
+                                                              monkeypatch):
+    def full(*a):
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20.00 MiB\nMore")
+    monkeypatch.setattr(train, "begin", full)
+    status, _, err = command(train, *base, "--teacher-checkpoint", color_teacher)
+    assert status == 2 and err.count("\n") == 1
+    assert "--device: the GPU's memory is full" in err and "20.00 MiB" in err
+
+
 def test_mixed_precision_follows_float32(short):
     """Loss by loss over three seeds."""
     for seed in range(3):
@@ -566,13 +576,27 @@ def test_the_grad_scaler_changes_no_result(short, monkeypatch):
     assert [row["loss"] for row in run(short(epochs=2), "scaled")] == expected
 
 
-def test_skipped_steps_are_counted(short, monkeypatch):
+def test_skipped_steps_are_counted(short, monkeypatch, capsys):
     monkeypatch.setattr(train, "mixed_precision", scaled(2.0 ** 126))
     history = run(short(batch_size=4, lr=0.005), "run")
     skipped = sum(row["skipped_steps"] for row in history)
     # The scaler halves its scale at each step that it leaves out.
     scale = torch.load("run/last.pt", weights_only=True)["scaler"]["scale"]
     assert skipped > 0 and scale == 2.0 ** (126 - skipped) and history[-1]["test_top1"] > 50
+    lines = [line for line in capsys.readouterr().out.splitlines() if "steps skipped" in line]
+    assert sum(int(line.split()[-3]) for line in lines) == skipped
+
+
+def test_a_run_whose_every_step_is_skipped_stops(short, monkeypatch):
+    """A gradient that no scale makes finite, under a finite loss."""
+    monkeypatch.setattr(train, "mixed_precision", scaled(2.0 ** -23))
+    backward = torch.Tensor.backward
+
+    def overflow(loss, *a):
+        backward(loss * torch.inf, *a)
+    monkeypatch.setattr(torch.Tensor, "backward", overflow)
+    with pytest.raises(data.UserError, match="epoch 1: 4 steps were skipped, .* no epoch was sa"):
+        run(short(), "run")
 
 
 @pytest.mark.parametrize("scale", [None, 2.0 ** 16], ids=["float32", "with a GradScaler"])

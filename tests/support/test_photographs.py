@@ -30,7 +30,8 @@ from support.photographs import centre
 
 def test_a_second_start_does_not_decode(colors, monkeypatch, capsys):
     first = data.load("folder", colors, 14)
-    assert capsys.readouterr().out.count("decoding") == 2
+    out = capsys.readouterr().out
+    assert out.count("decoding") == 2 and out.count("npy (0.0 GiB)") == 2
     monkeypatch.setattr(photographs, "read_image", None)
     second = data.load("folder", colors, 14)
     assert capsys.readouterr().out == ""
@@ -431,3 +432,43 @@ def test_damaged_images_are_refused_or_read(tmp_path, ending):
             assert image.shape == (3, 8, 8) and image.dtype == np.uint8
         except UserError as error:
             assert path.name in str(error) and "\n" not in str(error)
+
+
+def test_the_next_photographs_are_fetched_while_these_are_used():
+    fetched = [threading.Event() for _ in range(3)]
+
+    def fetch(k):
+        fetched[k].set()
+        return k
+    ahead = photographs.one_ahead(fetch, range(3))
+    assert next(ahead) == 0 and fetched[1].wait(10)
+    assert list(ahead) == [1, 2]
+
+
+@pytest.mark.parametrize("end", ["the consumer stops", "an image cannot be fetched", "all is read"])
+def test_no_thread_is_left(end):
+    before = threading.active_count()
+    ahead = photographs.one_ahead(lambda k: 6 / k, [3, 2, 0] if "cannot" in end else [3, 2, 1])
+    assert next(ahead) == 2 and threading.active_count() == before + 1
+    if end == "the consumer stops":
+        ahead.close()
+    elif end == "all is read":
+        assert list(ahead) == [3, 6]
+    else:
+        with pytest.raises(ZeroDivisionError):
+            list(ahead)
+    assert threading.active_count() == before
+
+
+def test_fetching_ahead_changes_no_number(colors, monkeypatch):
+    loaded, asked = data.load("folder", colors, 100), []
+    epoch = [(*views, target) for views, target in data.batches(loaded, 60, "both", 0, 1)]
+
+    def one_by_one(function, arguments):
+        asked.extend(arguments)
+        return map(function, arguments)
+    monkeypatch.setattr(photographs, "one_ahead", one_by_one)
+    for views, target in data.batches(loaded, 60, "both", 0, 1):
+        assert all(map(torch.equal, epoch.pop(0), (*views, target)))
+    # On a CPU fewer are made at once than stand in a batch.
+    assert not epoch and [at.stop - at.start for at in asked] == [52, 8, 52, 8]
