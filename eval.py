@@ -20,7 +20,7 @@ import torchvision
 from data import DATASETS, PHOTOGRAPHS, load, normalize
 from models import MODELS
 from support import console
-from support.checkpoints import load_model
+from support.checkpoints import check_finite, load_model
 from support.devices import layout, pick_device
 from support.errors import UserError
 from support.export import export
@@ -50,11 +50,7 @@ def predict(model, images, mean, std, batch_size=None, who="the network"):
              for part in console.progress(parts, len(parts), "measured, batch"))
     logits = [model(x.contiguous(memory_format=layout(device))).float() for x in parts]
     logits = torch.cat(logits)
-    broken = (~logits.isfinite().all(1)).nonzero().flatten().tolist()
-    if broken:
-        raise UserError(f"{who}: the outputs on {len(broken)} of {len(logits)} images are not "
-                        f"finite, first on number {broken[0] + 1}; give another checkpoint, or "
-                        "train it with a smaller --lr")
+    check_finite(who, logits)
     return logits.to(images.device)
 
 

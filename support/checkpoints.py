@@ -242,6 +242,15 @@ def weights_digest(model):
     return hashlib.sha256(weights).hexdigest()
 
 
+def check_finite(who, logits):
+    """Raises UserError where a row of the logits (N, C) is not finite. who: whose they are."""
+    broken = (~logits.isfinite().all(1)).nonzero().flatten().tolist()
+    if broken:
+        raise UserError(f"{who}: the outputs on {len(broken)} of {len(logits)} images are not "
+                        f"finite, first on number {broken[0] + 1}; give another checkpoint, or "
+                        "train it with a smaller --lr")
+
+
 def is_finite(model):
     return all(value.isfinite().all() for value in model.state_dict().values())
 

@@ -64,8 +64,8 @@ class Parser(argparse.ArgumentParser):
     def error(self, message):
         self.exit(2, f"{self.prog}: {message}; see --help\n")
 
-    def parse_args(self):
-        args, rest = self.parse_known_args()
+    def parse_args(self, args=None):
+        args, rest = self.parse_known_args(args)
         if rest:
             word = rest[0].split("=")[0]
             if word.lower() in self.flag_of:
