@@ -54,11 +54,11 @@ class Dataset:
     """Two parts of (images, labels), and what the views need to know of them.
 
     train: None where only the test part was asked for. test: the part that is measured, at the size
-    that networks see; held out of the training images where evaluate="val". classes: the C class
-    names. mean, std: of red, green and blue in [0, 1]. flip: whether a mirror image keeps its
-    class. area: the least share of a photograph that its random crop keeps; None for images that
-    are padded and cropped. digests: what tells these images from others: of photographs a digest of
-    the training and of the test images, of glyphs their version.
+    that networks see. classes: the C class names. mean, std: of red, green and blue in [0, 1].
+    flip: whether a mirror image keeps its class. area: the least share of a photograph that its
+    random crop keeps; None for images that are padded and cropped. digests: what tells these images
+    from others: of photographs a digest of the training and of the measured images, of glyphs their
+    version. held_out: whether those that are measured were taken out of the training images.
     """
     train: tuple
     test: tuple
@@ -68,6 +68,7 @@ class Dataset:
     flip: bool
     area: float = None
     digests: tuple = None
+    held_out: bool = False
 
 
 # --- Views ----------------------------------------------------------------------------------------
@@ -172,12 +173,15 @@ def load(name, data_dir="data", image_size=None, train=True, evaluate="test"):
     name: a key of DATASETS. data_dir: the folder of images for "folder" and "imagenet"; for the
     others, where the set is cached, or stands as an image folder. image_size: side in pixels, for
     photographs only; default: the table's. train=False leaves the training part out.
-    evaluate="val" measures on a tenth of the training images, which are then not trained on, in
-    place of the test part. Raises UserError for whatever the user can mend.
+    evaluate="val" measures on the folder val/ where that lies beside test/ (but not of ImageNet,
+    whose val/ is its test part), or else on a tenth of the training images, which are then not
+    trained on. Raises UserError for whatever the user can mend.
     """
-    if evaluate == "val":
-        return hold_out(load(name, data_dir, image_size))
     root, facts = Path(data_dir), DATASETS[name]
+    in_folders = name in PHOTOGRAPHS or name != "glyphs" and all(
+        (root / part).is_dir() for part in ("train", "test"))
+    if evaluate == "val" and not (in_folders and name != "imagenet" and photographs.has_val(root)):
+        return hold_out(load(name, data_dir, image_size))
     if name not in PHOTOGRAPHS and image_size not in (None, facts.side):
         raise UserError(f"--image-size {image_size}: {name} has {facts.side}-pixel images; leave "
                         "the flag out")
@@ -185,9 +189,10 @@ def load(name, data_dir="data", image_size=None, train=True, evaluate="test"):
     if name == "glyphs":
         train_part, test_part, mean, std = glyphs.load(root)
         classes, digests = glyphs.CLASSES, (glyphs.VERSION,)
-    elif name in PHOTOGRAPHS or (root / "train").is_dir() and (root / "test").is_dir():
+    elif in_folders:
         train_part, test_part, classes, digests = photographs.load(
-            name, root, image_size or facts.side, facts.classes, name in PHOTOGRAPHS, train)
+            name, root, image_size or facts.side, facts.classes, name in PHOTOGRAPHS, train,
+            evaluate)
     else:
         train_part, test_part, classes = _download(name, root)
     return Dataset(train_part if train else None, test_part, classes, mean, std, facts.flip,
@@ -217,8 +222,8 @@ def hold_out(dataset):
     if dataset.area is not None:
         # Photographs are too many to copy, and support/photographs.py stores them shuffled.
         val = photographs.centre(images[:n], dataset.test[0].shape[-1]), labels[:n]
-        return dataclasses.replace(dataset, train=(images[n:], labels[n:]), test=val)
+        return dataclasses.replace(dataset, train=(images[n:], labels[n:]), test=val, held_out=True)
     order = torch.randperm(len(labels), generator=torch.Generator().manual_seed(0))
     val, train = order.split([n, len(order) - n])
     return dataclasses.replace(dataset, train=(images[train], labels[train]),
-                               test=(images[val], labels[val]))
+                               test=(images[val], labels[val]), held_out=True)

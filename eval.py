@@ -1,14 +1,14 @@
 """Measure a classifier:  python eval.py CHECKPOINT
 
---predict IMAGE … names the likeliest classes of your own images; --table DIR makes a results table
-of the runs below DIR, and --plot RUN … draws their curves.
+--predict IMAGE … names the likeliest classes of your own images, --export FILE writes the network
+for programs without torch; --table DIR makes a results table of the runs below DIR, and --plot
+RUN … draws their curves.
 
 A checkpoint of train.py needs no other flag. Another one needs --model, --dataset and --data-dir.
 The name of a torchvision network in its place stands for the published weights; --data-dir is then
 the folder of ImageNet. Everything is measured in float32 on the test part, so on a CPU the numbers
 are those in the log of a CPU run.
 """
-import argparse
 import contextlib
 import json
 import sys
@@ -18,32 +18,40 @@ import torch.nn.functional as F
 import torchvision
 
 from data import DATASETS, PHOTOGRAPHS, load, normalize
-from models import MODELS, check_name
+from models import MODELS
 from support import console
-from support.checkpoints import load_model
+from support.checkpoints import check_finite, load_model
 from support.devices import layout, pick_device
-from support.errors import UserError, as_user_error
+from support.errors import UserError
+from support.export import export
 from support.networks import TORCHVISION
 from support.photographs import centre, read_image, stored_side
 from support.plots import plot, save
+from support.report import cost, in_words, mistakes
+from support.settings import Parser, mode_of
 from support.tables import tables
 
 
 @torch.inference_mode()
-def predict(model, images, mean, std, batch_size=None):
+def predict(model, images, mean, std, batch_size=None, who="the network"):
     """Logits (N, C), float32 and on the images' device, of uint8 images (N, 3, S, S).
 
     mean, std: of RGB in [0, 1], which the images are normalised by. batch_size: images at a time;
-    the default suits the device. Leaves the network in eval mode.
+    the default suits the device. who: what to blame for logits that are not finite, with a
+    UserError. Leaves the network in eval mode.
     """
     model.eval()
     device = next(model.parameters()).device
     # On a CPU so few that they stay in its cache.
     few = 250 if images.shape[-1] <= 64 else 50
     batch_size = batch_size or (10 * few if device.type == "cuda" else few)
-    parts = (normalize(part.to(device), mean, std) for part in images.split(batch_size))
+    parts = images.split(batch_size)
+    parts = (normalize(part.to(device), mean, std)
+             for part in console.progress(parts, len(parts), "measured, batch"))
     logits = [model(x.contiguous(memory_format=layout(device))).float() for x in parts]
-    return torch.cat(logits).to(images.device)
+    logits = torch.cat(logits)
+    check_finite(who, logits)
+    return logits.to(images.device)
 
 
 def measure(logits, labels):
@@ -94,7 +102,8 @@ def inheritance(student_logits, teacher_logits, labels):
 # --- The command line -----------------------------------------------------------------------------
 
 def evaluate(args):
-    """`measure` of the checkpoint on its test part; where a teacher is given, `inheritance` too."""
+    """`measure` and `mistakes` of the checkpoint on its test part; where a teacher is given,
+    `inheritance` too, and what `comparison` takes of both."""
     device = pick_device(args.device or "auto")
     # Loaded a first time to learn the data set, and again below to be checked against it.
     _, checkpoint = load_model(args.checkpoint, args.model)
@@ -107,92 +116,77 @@ def evaluate(args):
                 args.image_size or checkpoint.get("image_size", size), train=False)
     images, labels = data.test
 
-    def logits_of(path, name):
-        model, _ = load_model(path, name, data)
-        return predict(model.to(device), images, data.mean, data.std)
-    logits = logits_of(args.checkpoint, args.model)
+    def look_at(path, name):
+        model, checkpoint = load_model(path, name, data)
+        logits = predict(model.to(device), images, data.mean, data.std, who=path)
+        name, top1 = checkpoint.get("architecture", name), measure(logits, labels)["top1"]
+        return logits, dict(name=name, top1=top1) | cost(model, images.shape[-1])
+    logits, student = look_at(args.checkpoint, args.model)
     report = measure(logits, labels)
     if args.teacher_checkpoint:
-        report |= inheritance(logits, logits_of(args.teacher_checkpoint, args.teacher), labels)
-    return report
+        theirs, teacher = look_at(args.teacher_checkpoint, args.teacher)
+        report |= inheritance(logits, theirs, labels)
+        report |= dict(teacher=teacher, student=student, device=device.type)
+    return report | mistakes(logits, labels, names_of(dataset, data.classes))
+
+
+def names_of(dataset, classes):
+    """The classes' names; ImageNet's folders are called by numbers."""
+    return (torchvision.models.ResNet18_Weights.DEFAULT.meta["categories"]
+            if dataset == "imagenet" else classes)
 
 
 def classify(args):
     """[{"file", "classes": [[name, probability], …]}]: the five likeliest classes of each image."""
     device = pick_device(args.device or "auto")
     model, checkpoint = load_model(args.checkpoint)
-    if "mean" not in checkpoint:
+    names = names_of(checkpoint.get("dataset"), checkpoint.get("classes"))
+    if names is None or "mean" not in checkpoint:
         raise UserError(f"--predict: {args.checkpoint} does not say its classes; give a file of "
                         "train.py, or the name of a torchvision network")
-    # The folders of ImageNet are called by numbers.
-    names = (torchvision.models.ResNet18_Weights.DEFAULT.meta["categories"]
-             if checkpoint["dataset"] == "imagenet" else checkpoint["classes"])
     size = checkpoint["image_size"]
     side = stored_side(size) if checkpoint["dataset"] in PHOTOGRAPHS else size
     images = torch.stack([torch.from_numpy(read_image(path, side)) for path in args.predict])
-    logits = predict(model.to(device), centre(images, size), checkpoint["mean"], checkpoint["std"])
+    logits = predict(model.to(device), centre(images, size), checkpoint["mean"], checkpoint["std"],
+                     who=args.checkpoint)
     probabilities, classes = logits.softmax(1).topk(min(5, len(names)))               # (N, <=5)
     return [dict(file=path, classes=[[names[k], p] for k, p in zip(*row)])
             for path, *row in zip(args.predict, classes.tolist(), probabilities.tolist())]
 
 
 def make_parser():
-    parser = argparse.ArgumentParser(prog="eval.py", description=__doc__,
-                                     formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.error = lambda message: parser.exit(2, f"eval.py: {message}; see --help\n")
+    parser = Parser("eval.py", None, __doc__)
     add = parser.add_argument
-    add("checkpoint", nargs="?", help="last.pt or best.pt of a run, a foreign state dict, or the "
-        "name of a network of torchvision.models, as published")
+    add("checkpoint", nargs="?", help="last.pt or best.pt of a run, its folder, which stands for "
+        "last.pt, a foreign state dict, or the name of a network of torchvision.models, as "
+        "published")
     add("--model", metavar="NAME", help=f"architecture of a foreign checkpoint: "
         f"{', '.join(MODELS)}, or a classifier of torchvision.models")
-    add("--dataset", choices=DATASETS)
+    add("--dataset", metavar="NAME", help=", ".join(DATASETS))
     add("--data-dir", metavar="DIR")
     add("--image-size", type=int, metavar="PX", help="side of photographs for a foreign "
         "checkpoint; default 64, for torchvision's networks 224")
     add("--predict", nargs="+", metavar="IMAGE", help="the five likeliest classes of each image")
     add("--teacher-checkpoint", metavar="FILE", help="also compare with this teacher")
     add("--teacher", metavar="NAME", help="architecture of a foreign teacher")
-    add("--device", choices=("auto", "cpu", "cuda", "mps"), help="default auto")
+    add("--export", metavar="FILE", help="write an ONNX file that takes RGB images in [0, 1], any "
+        "number at a time; needs the packages onnx and onnxscript")
+    add("--device", metavar="NAME", help="auto, cpu, cuda or mps; default auto")
     add("--json", action="store_true", help="print one JSON object")
     add("--table", metavar="DIR", help="print results tables of the finished runs "
         "DIR/<row>/<seed>, and in which settings the rows differ; without folders named teacher-…")
     add("--against", metavar="ROW", help="compare each row with this one instead of the row above")
-    add("--plot", nargs="+", metavar="RUN", help="draw the curves of runs over each other")
+    add("--plot", nargs="+", metavar="RUN", help="draw the curves of runs over each other; the "
+        "folder of several seeds stands for their mean")
     add("--output", metavar="FILE", help="the PNG file of --plot; default curves.png, here; it "
         "replaces a file of an earlier --plot, and no other")
     return parser
 
 
-# What this script does, and the other flags that have an effect then.
-MODES = {"table": "against", "plot": "output", "predict": "checkpoint device json", "checkpoint":
-         "model dataset data_dir image_size teacher_checkpoint teacher device json"}
-
-
-def mode_of(args):
-    """Which of MODES is asked for. Raises UserError for flags that do not belong together."""
-    modes = [mode for mode in ("table", "plot", "checkpoint") if getattr(args, mode)]
-    if len(modes) != 1:
-        raise UserError("give a CHECKPOINT, also for --predict, or --table DIR, or --plot RUN")
-    mode = "predict" if args.predict else modes[0]
-    for name, value in vars(args).items():
-        if value not in (None, False) and name not in (mode, *MODES[mode].split()):
-            raise UserError(f"--{name.replace('_', '-')}: has no effect with "
-                            f"{'a ' if mode == 'checkpoint' else '--'}{mode}; leave it out")
-    if args.teacher and not args.teacher_checkpoint:
-        raise UserError("--teacher: names the network of --teacher-checkpoint; give both")
-    if args.image_size is not None and not 1 <= args.image_size <= 1_000_000:
-        raise UserError(f"--image-size {args.image_size}: must be from 1 to a million")
-    for flag, name in (("--model", args.model), ("--teacher", args.teacher)):
-        if name is not None:
-            with as_user_error(f"{flag} "):
-                check_name(name)
-    return mode
-
-
 def main():
     parser = make_parser()
-    args = parser.parse_args()
     with console.one_line_errors(parser, "the output"):
+        args = parser.parse_args()
         mode = mode_of(args)
         if mode == "table":
             print(tables(args.table, args.against))
@@ -200,6 +194,8 @@ def main():
             path = args.output or "curves.png"
             save(plot(args.plot), path)
             print(f"drawn: {path}")
+        elif mode == "export":
+            print(export(args.checkpoint, args.export, args.model, args.dataset, args.image_size))
         else:
             # With --json, standard output is for the JSON alone.
             with contextlib.redirect_stdout(sys.stderr if args.json else sys.stdout):
@@ -211,8 +207,7 @@ def main():
                     lines = (f"{100 * p:10.2f} %  {name}" for name, p in image["classes"])
                     print(image["file"], *lines, sep="\n")
             else:
-                for key, value in report.items():
-                    print(f"{key:24s}{value:{'10.4f' if isinstance(value, float) else '10d'}}")
+                print(in_words(report))
 
 
 if __name__ == "__main__":

@@ -11,7 +11,7 @@ import math
 import torch
 import torch.nn.functional as F
 
-from swap import add_to_target, check, swap
+from swap import add_to_target, check, misclassified, sort_to_target, swap
 
 
 def kl(student_logits, teacher_logits, temperature):
@@ -48,6 +48,17 @@ def kd(student_logits, teacher_logits, target, *, temperatures=(4.0,), ce_weight
             "teacher": kd_weight * _kl(*_soften(x_s, x_t, temperatures))}
 
 
+# sld's teacher_fix: what becomes of the teacher's logits z_t (B, C), with the labels y and omega.
+TEACHER_FIXES = {
+    "swap": lambda z_t, y, omega: swap(z_t, y),               # (S3)
+    "sort": lambda z_t, y, omega: sort_to_target(z_t, y),     # the label moves to the first rank
+    "mask": lambda z_t, y, omega: z_t,       # but sld leaves out the KL where the teacher is wrong
+    "add": add_to_target,                                     # GA on every row
+    "add-wrong": lambda z_t, y, omega: torch.where(           # GA where the teacher is wrong
+        misclassified(z_t, y)[:, None], add_to_target(z_t, y, omega), z_t),
+    "none": lambda z_t, y, omega: z_t}
+
+
 def sld(student_logits, teacher_logits, target, *, epoch, gamma=150,
         temperatures=(1, 2, 3, 4, 5, 6), ce_weight=0.1, kd_weight=0.9, teacher_fix="swap",
         student_swap=True, detach=False, omega=None, standardize=False):
@@ -57,29 +68,27 @@ def sld(student_logits, teacher_logits, target, *, epoch, gamma=150,
     Source: Limantoro et al., "Swapped Logit Distillation via Bi-level Teacher Alignment", 2025.
     epoch: counts from 1. gamma: the last epoch without L_SS; until then "student" is absent.
     temperatures: the K values of T. ce_weight, kd_weight: a and b.
-    teacher_fix: "swap" is (S3); "add" puts GA with `omega` in its place; "none" changes nothing.
+    teacher_fix: of TEACHER_FIXES, above; "swap" is (S3). omega: what GA adds, in logit units.
     student_swap=False drops L_SS. detach: whether to stop the gradient through the pseudo-teacher.
     False is as released; True leaves a gradient of +-T (p_m - p_y) on the two swapped classes.
     standardize: as in kd, after the teacher's fix.
-    Raises ValueError for another teacher_fix, "add" without omega, and temperatures as in kd.
+    Raises ValueError for another teacher_fix, an "add" without omega, and temperatures as in kd.
     """
     check(target, student_logits, teacher_logits)
     z_s, z_t = _float32(student_logits), _float32(teacher_logits)
-    if teacher_fix == "swap":
-        z_t = swap(z_t, target)
-    elif teacher_fix == "add":
-        if omega is None:
-            raise ValueError("teacher_fix='add' needs omega, the amount added to the label's logit")
-        z_t = add_to_target(z_t, target, omega)
-    elif teacher_fix != "none":
-        raise ValueError(f"teacher_fix must be 'swap', 'add' or 'none', not {teacher_fix!r}")
+    if teacher_fix not in TEACHER_FIXES:
+        raise ValueError(f"teacher_fix {teacher_fix!r}: must be one of {', '.join(TEACHER_FIXES)}")
+    if omega is None and teacher_fix.startswith("add"):
+        raise ValueError(f"teacher_fix {teacher_fix!r} needs omega, what is added to the label")
+    left_out = misclassified(z_t, target) if teacher_fix == "mask" else None             # (B,)
+    z_t = TEACHER_FIXES[teacher_fix](z_t, target, omega)
     # For the pseudo-teacher in _margin the order does not matter: swap and standardize commute.
     x_s, x_t = _standardized_if(standardize, z_s, z_t)
     T, log_p_s, log_p_t = _soften(x_s, x_t, temperatures)
 
     terms = {"ce": ce_weight * _ce(z_s, target)}
     # (S3)  L_TS = sum over T of  T^2 * KL( p_T(swap(z_t, y)) || p_T(z_s) )
-    terms["teacher"] = kd_weight * _kl(T, log_p_s, log_p_t)
+    terms["teacher"] = kd_weight * _kl(T, log_p_s, log_p_t, left_out)
     # (S5)  L_SS counts from epoch gamma + 1 on: before, the student's own predictions are so poor
     #       that they contradict the teacher.
     if student_swap and epoch > gamma:
@@ -103,9 +112,11 @@ def _margin(T, log_p_s, z_s, target, detach):
     return (T * (gap.detach() if detach else gap) * d).sum() / len(z_s)
 
 
-def _kl(T, log_p_s, log_p_t):
-    """(S2), summed over the temperatures, batch mean."""
+def _kl(T, log_p_s, log_p_t, left_out=None):
+    """(S2), summed over the temperatures, batch mean. left_out: (B,) bool, rows that count 0."""
     kl_T = F.kl_div(log_p_s, log_p_t, reduction="none", log_target=True).sum(-1)  # (K, B)
+    if left_out is not None:
+        kl_T = kl_T.masked_fill(left_out, 0)                                      # still of B rows
     # sum over T of  T^2 * KL( p_T(z_t) || p_T(z_s) )
     return (T[:, 0].square() * kl_T).sum() / log_p_s.shape[1]
 
@@ -177,6 +188,38 @@ def rld(student_logits, teacher_logits, target, *, epoch, warmup=20, alpha=1.0, 
             "teacher": min(epoch / warmup, 1) * (alpha * scd + beta * mcd)}
 
 
+def mlkd(student_logits, teacher_logits, target, *, temperatures=(2, 3, 4, 5, 6), ce_weight=0.1,
+         kd_weight=0.9):
+    """{"ce", "teacher", "batch", "class"}: Multi-level LD,  a * CE + b * sum over T of (S2) and of
+        batch = ||P_t P_t' - P_s P_s'||^2 / B,   class = ||P_t' P_t - P_s' P_s||^2 / C,
+    with P (B, C) the probabilities at T, and ||M||^2 the sum of M's squared entries.
+
+    Source: Jin et al., "Multi-Level Logit Distillation", CVPR 2023.
+    "batch": which images are alike; "class": which classes go together. Both compare all rows of
+    a batch, so its halves do not add up to it; where the networks are sure, they grow like B / C
+    and (B / C)^2, so few classes ask for a smaller rate. The released code's masks of confidence
+    multiply means, which only halves terms: left out. Keywords: as in kd.
+    """
+    check(target, student_logits, teacher_logits)
+    z_s, z_t = _float32(student_logits), _float32(teacher_logits)
+    T, log_p_s, log_p_t = _soften(z_s, z_t, temperatures)
+    P_s, P_t = log_p_s.exp(), log_p_t.exp()                                          # (K, B, C)
+    with _without_autocast(z_s.device.type):
+        images = P_t @ P_t.mT - P_s @ P_s.mT                                         # (K, B, B)
+        classes = P_t.mT @ P_t - P_s.mT @ P_s                                        # (K, C, C)
+    B, C = z_s.shape
+    return {"ce": ce_weight * _ce(z_s, target),
+            "teacher": kd_weight * _kl(T, log_p_s, log_p_t),
+            "batch": kd_weight * images.square().sum() / B,
+            "class": kd_weight * classes.square().sum() / C}
+
+
+def _without_autocast(kind):
+    """Autocast would round what enters a matrix product to half precision. "meta" knows none."""
+    known = torch.amp.is_autocast_available(kind)
+    return torch.autocast(kind if known else "cpu", enabled=False)
+
+
 def _against_rest(log_p, c):
     """(log p_c, log(1 - p_c)) of one class c (B, 1) of each row: (1, B, 2). The second is a
     logsumexp over the other classes, since the log of a difference is -inf once p_c rounds to 1."""
@@ -214,4 +257,4 @@ def _standardized_if(wanted, *logits):
 
 
 # What train.py's --method names.
-OBJECTIVES = {"ce": ce, "kd": kd, "sld": sld, "dkd": dkd, "rld": rld}
+OBJECTIVES = {"ce": ce, "kd": kd, "sld": sld, "dkd": dkd, "rld": rld, "mlkd": mlkd}

@@ -151,7 +151,9 @@ class ViT(nn.Module):
 
     def forward(self, x):                                     # (B, 3, H, W)
         x = self.patch_embed(x).flatten(2).transpose(1, 2)    # (B, N, D), N patches
-        x = torch.cat([self.cls_token.expand(len(x), -1, -1), x], 1) + self.pos_embed  # (B, 1+N, D)
+        # Not len(x), which would fix B in an exported file.
+        token = self.cls_token.expand(x.shape[0], -1, -1)     # (B, 1, D)
+        x = torch.cat([token, x], 1) + self.pos_embed         # (B, 1+N, D)
         return self.head(self.norm(self.blocks(x))[:, 0])     # (B, num_classes)
 
 

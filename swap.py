@@ -1,10 +1,10 @@
 """The idea of the paper, alone: when a prediction is wrong, exchange its top logit with the
-label's.
+label's. Below it, two other repairs that it is compared with.
 
 Source: Limantoro et al., "Swapped Logit Distillation via Bi-level Teacher Alignment", 2025.
 logits: (B, C), any float dtype, C >= 2. target: (B,) int64 class indices, 0 <= target < C; an index
-outside raises from `gather`, other shapes raise ValueError. All functions are differentiable and
-leave their inputs as they were.
+outside raises from `gather` or `scatter`, other shapes raise ValueError. All functions are
+differentiable and leave their inputs as they were.
 """
 
 
@@ -37,6 +37,26 @@ def swap(logits, target):
     top = logits.argmax(1, keepdim=True)                      # (B, 1)
     z_y, z_m = logits.gather(1, label), logits.gather(1, top)
     return logits.scatter(1, top, z_y).scatter(1, label, z_m)
+
+
+def sort_to_target(logits, target):
+    """The authors' next step:  the label gets the row's largest logit, and every class that was
+    above it moves down one rank.  Returns (B, C).
+
+    Source: Limantoro et al., "Parameter-Free Logit Distillation via Sorting", IEEE Signal
+    Processing Letters 2025.
+
+    >>> sort_to_target(tensor([[9., 7., 2., 5.]]), tensor([3]))
+    tensor([[7., 5., 2., 9.]])    # a swap gives [[5., 7., 2., 9.]]: the first falls to third
+
+    A row is only permuted, and all classes but the label keep their order. Where the label is
+    second, this is the swap.
+    """
+    check(target, logits)
+    # All classes by rank, the label put first. They get the row's values, largest first.
+    front = logits.scatter(1, target[:, None], float("inf"))
+    order = front.sort(dim=1, descending=True, stable=True).indices     # (B, C)
+    return logits.scatter(1, order, logits.sort(dim=1, descending=True, stable=True).values)
 
 
 def add_to_target(logits, target, omega):

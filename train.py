@@ -1,4 +1,4 @@
-"""Train a student:  python train.py --method sld   (or ce, kd, dkd, rld; ce has no teacher).
+"""Train a student:  python train.py --method sld   (or ce, kd, dkd, rld, mlkd; ce has no teacher).
 
 Reads from top to bottom: the settings, their recipes, the learning rate, the step, an epoch, a run,
 the teacher. A run leaves its logs and checkpoints in runs/<data>-<method>-<student>/seed<seed>.
@@ -8,13 +8,11 @@ import dataclasses
 import functools
 import inspect
 import math
-import shlex
 import signal
 import time
 from pathlib import Path
 
 import torch
-from tqdm import tqdm
 
 import losses
 from data import DATASETS, batches, load
@@ -28,7 +26,8 @@ from support.devices import amp_by_default, keep_on, layout, mixed_precision, pi
 from support.distributed import over_processes, process
 from support.errors import as_user_error
 from support.networks import TORCHVISION
-from support.settings import check_run, check_values, make_parser, setting
+from support.report import cost
+from support.settings import DEVICES, check_run, check_values, make_parser, setting
 from support.tables import is_finished, read_run
 from swap import misclassified
 
@@ -50,8 +49,8 @@ class Settings:
     gamma: int = setting("the student swap starts after this epoch")
     ce_weight: float = setting("a, the weight of the cross-entropy")
     kd_weight: float = setting("b, the weight of the KL terms")
-    teacher_fix: str = setting("what is done to the teacher's logits", ("swap", "add", "none"))
-    omega: float = setting("added to the label's logit by --teacher-fix add")
+    teacher_fix: str = setting("what is done to the teacher's logits", tuple(losses.TEACHER_FIXES))
+    omega: float = setting("added to the label's logit by --teacher-fix add and add-wrong")
     student_swap: bool = setting("the swapped student teaches too")
     detach: bool = setting("stop the gradient through the pseudo-teacher")
     standardize: bool = setting("standardize logits before the temperature")
@@ -64,12 +63,12 @@ class Settings:
     pretrained: bool = setting("start from torchvision's ImageNet weights")
     data_dir: str = setting("where the data is, or is cached; default data", metavar="DIR")
     image_size: int = setting("side in pixels, of photographs only", metavar="PX")
-    evaluate: str = setting("on test, or a tenth of the training images, held out", ("test", "val"))
+    evaluate: str = setting("on test, or on val/, or else a tenth of train", ("test", "val"))
     optimizer: str = setting("sgd has momentum 0.9", ("sgd", "adamw"))
     weight_decay: float = setting("on all parameters")
     schedule: str = setting("step: x0.1 at the recipe's drops; cosine: to 0", ("step", "cosine"))
     warmup: float = setting("epochs in which the learning rate grows from 0")
-    device: str = setting("default auto: cuda, mps or cpu", ("auto", "cpu", "cuda", "mps"))
+    device: str = setting("default auto: cuda, mps or cpu", DEVICES)
     amp: bool = setting("mixed precision: bfloat16, on older GPUs float16")
     cuda_graph: bool = setting("record each epoch's step as one CUDA graph, faster on a GPU")
     compile: bool = setting("torch.compile student and teacher, for long runs; first step is late")
@@ -78,47 +77,48 @@ class Settings:
 # What a setting is unless it is given: a row for each data set and optimiser, and for pretrained
 # networks on a folder. A dict has a value for each method. warmup, drops (x0.1 by "step"), gamma
 # and kd_warmup are written for a run of `of` epochs, and rescaled to --epochs. teach: settings that
-# replace these where the teacher itself is trained; its own optimiser chooses the row.
+# replace these where the teacher itself is trained; its own optimiser chooses the row. mlkd has
+# sld's values, untuned, since it too sums several temperatures on two views.
 RECIPES = {
-    # The rates for glyphs are the best of grids on its validation part: results/README.md.
+    # The other rates for glyphs are the best of grids on its validation part: results/README.md.
     ("glyphs", "sgd"): dict(
         teacher="resnet14", student="resnet8", epochs=9, batch_size=64, weight_decay=5e-4,
-        lr=dict(ce=0.4, kd=0.4, sld=0.1, dkd=0.05, rld=0.1), schedule="cosine", warmup=24,
+        lr=dict(ce=0.4, kd=0.4, sld=0.1, dkd=0.05, rld=0.1, mlkd=0.1), schedule="cosine", warmup=24,
         drops=(150, 180, 210), gamma=150, kd_warmup=20, of=240, teach=dict(epochs=12, lr=0.2)),
     ("glyphs", "adamw"): dict(
         teacher="resnet14", student="resnet8", epochs=16, batch_size=64, weight_decay=0.05,
-        lr=dict(ce=2e-3, kd=1e-3, sld=2e-3, dkd=2e-3, rld=2e-3), schedule="cosine", warmup=24,
-        drops=(150, 180, 210), gamma=150, kd_warmup=20, of=240,
+        lr=dict(ce=2e-3, kd=1e-3, sld=2e-3, dkd=2e-3, rld=2e-3, mlkd=2e-3), schedule="cosine",
+        warmup=24, drops=(150, 180, 210), gamma=150, kd_warmup=20, of=240,
         teach=dict(epochs=64, lr=1e-3, views="both")),
     # As published: ce and kd by RepDistiller, the others by their authors.
     ("cifar100", "sgd"): dict(
         teacher="resnet56", student="resnet20", epochs=240, batch_size=64, weight_decay=5e-4,
-        lr=dict(ce=0.05, kd=0.05, sld=0.025, dkd=0.05, rld=0.05), schedule="step", warmup=0,
-        drops=(150, 180, 210), gamma=150, kd_warmup=20, of=240),
+        lr=dict(ce=0.05, kd=0.05, sld=0.025, dkd=0.05, rld=0.05, mlkd=0.025), schedule="step",
+        warmup=0, drops=(150, 180, 210), gamma=150, kd_warmup=20, of=240),
     ("cifar100", "adamw"): dict(
-        teacher="resnet56", student="resnet20", epochs=240, batch_size=64, lr=1e-3,
-        schedule="cosine", warmup=24, weight_decay=0.05, drops=(150, 180, 210), gamma=150,
-        kd_warmup=20, of=240),
+        teacher="resnet56", student="resnet20", epochs=240, batch_size=64, drops=(150, 180, 210),
+        lr=1e-3, schedule="cosine", warmup=24, weight_decay=0.05, gamma=150, kd_warmup=20, of=240),
     ("imagenet", "sgd"): dict(
-        teacher="resnet34", student="resnet18", epochs=100, batch_size=512, weight_decay=1e-4,
-        lr=0.2, schedule="step", warmup=0, drops=(30, 60, 90), gamma=62.5, kd_warmup=100 / 12,
-        of=100, ce_weight=dict(kd=0.5, sld=0.5), kd_weight=dict(kd=0.5, sld=0.5)),
+        teacher="resnet34", student="resnet18", epochs=100, of=100, batch_size=512, schedule="step",
+        weight_decay=1e-4, lr=0.2, warmup=0, drops=(30, 60, 90), gamma=62.5, kd_warmup=100 / 12,
+        ce_weight=dict(kd=0.5, sld=0.5, mlkd=0.5), kd_weight=dict(kd=0.5, sld=0.5, mlkd=0.5)),
     ("imagenet", "adamw"): dict(
         teacher="resnet34", student="resnet18", epochs=100, batch_size=512, weight_decay=0.05,
         lr=1e-3, schedule="cosine", warmup=10, drops=(30, 60, 90), gamma=62.5, kd_warmup=100 / 12,
-        of=100, ce_weight=dict(kd=0.5, sld=0.5), kd_weight=dict(kd=0.5, sld=0.5)),
+        of=100, ce_weight=dict(kd=0.5, sld=0.5, mlkd=0.5),
+        kd_weight=dict(kd=0.5, sld=0.5, mlkd=0.5)),
     ("folder", "sgd"): dict(
         teacher="resnet20", student="resnet8", epochs=60, batch_size=64, weight_decay=5e-4,
-        lr=dict(ce=0.05, kd=0.05, sld=0.025, dkd=0.05, rld=0.05), schedule="step", warmup=0,
-        drops=(150, 180, 210), gamma=150, kd_warmup=20, of=240),
+        lr=dict(ce=0.05, kd=0.05, sld=0.025, dkd=0.05, rld=0.05, mlkd=0.025), schedule="step",
+        warmup=0, drops=(150, 180, 210), gamma=150, kd_warmup=20, of=240),
     ("folder", "adamw"): dict(
         teacher="resnet20", student="resnet8", epochs=60, batch_size=64, lr=1e-3, schedule="cosine",
         warmup=24, weight_decay=0.05, drops=(150, 180, 210), gamma=150, kd_warmup=20, of=240),
     # Not tuned on real photographs.
     ("pretrained", "sgd"): dict(
         teacher="resnet20", student="resnet8", epochs=10, batch_size=64, weight_decay=1e-4,
-        lr=dict(ce=0.03, kd=0.01, sld=0.003, dkd=0.003, rld=0.003), schedule="cosine", warmup=24,
-        drops=(150, 180, 210), gamma=150, kd_warmup=20, of=240),
+        lr=dict(ce=0.03, kd=0.01, sld=0.003, dkd=0.003, rld=0.003, mlkd=0.003), schedule="cosine",
+        warmup=24, drops=(150, 180, 210), gamma=150, kd_warmup=20, of=240),
     ("pretrained", "adamw"): dict(
         teacher="resnet20", student="resnet8", epochs=10, batch_size=64, lr=1e-4, schedule="cosine",
         warmup=24, weight_decay=0.05, drops=(150, 180, 210), gamma=150, kd_warmup=20, of=240),
@@ -185,7 +185,7 @@ def make_objective(s):
 
 
 # Two views where the method was published with them.
-VIEWS = dict(ce="weak", kd="weak", sld="both", dkd="weak", rld="weak")
+VIEWS = dict(ce="weak", kd="weak", sld="both", dkd="weak", rld="weak", mlkd="both")
 # resolve(settings) -> Settings with every None filled in. Raises UserError for nonsense.
 resolve = functools.partial(recipes.resolve, table=RECIPES, views=VIEWS)
 
@@ -202,6 +202,7 @@ class Learner:
     optimizer: torch.optim.Optimizer
     autocast: torch.autocast
     scaler: torch.amp.GradScaler
+    costs: list = None    # the teacher's top-1, and `cost` of teacher and student
 
 
 def train_epoch(s, epoch, learner, data):
@@ -227,8 +228,8 @@ def train_epoch(s, epoch, learner, data):
     step_of = Recorded(compute, learner.student.parameters()) if s.cuda_graph else compute
     # Views for MPS are made on the CPU.
     made_on = device if device.type == "cuda" else torch.device("cpu")
-    bar = tqdm(batches(data, s.batch_size, s.views, s.seed, epoch, rank, world, made_on),
-               f"epoch {epoch}", steps, leave=False, disable=True if rank else None)
+    made = batches(data, s.batch_size, s.views, s.seed, epoch, rank, world, made_on)
+    bar = console.progress(made, steps, f"epoch {epoch} of {s.epochs}, step", s.epochs - epoch + 1)
     for step, (views, target) in enumerate(bar):
         views = [v.to(device, memory_format=layout(device)) for v in views]        # (B, 3, S, S)
         target = target.to(device)                                                 # (B,)
@@ -250,7 +251,7 @@ def train_epoch(s, epoch, learner, data):
                 if not math.isfinite(row[0]):
                     lr = learning_rate(s, epoch - 1 + (at + 0.5) / steps)
                     where = f"epoch {epoch}, step {at + 1} of {steps}, lr {lr:g}"
-                    raise console.not_finite(s, f"{where}: the loss is")
+                    raise console.not_finite(s, where, dict(zip(names, row)))
                 sums = [a + b for a, b in zip(sums or [0] * len(row), row)]
             waiting.clear()
     hook.remove()
@@ -281,14 +282,14 @@ def run(settings, run_dir=None, resume=False, wrap_teacher=None):
         check_run(s, len(data.train[1]), device, world, check_size)
         learner = begin(s, data, device, saved, wrap_teacher)
         history = runs.restore(saved, s, data, learner) if saved else []
-        console.introduce(s, data, learner, folder, recipes.drops(s, RECIPES))
+        console.introduce(s, data, learner, folder, *recipes.about(s, RECIPES))
         with runs.report_failure(s, folder, history):
             if rank == 0:
                 runs.start(folder, s, data, learner)
             for epoch in range(len(history) + 1, s.epochs + 1):
                 row = train_epoch(s, epoch, learner, data)
                 if not is_finite(learner.student):
-                    raise console.not_finite(s, f"epoch {epoch}: the weights are")
+                    raise console.not_finite(s, f"epoch {epoch}")
                 if rank == 0:
                     logits = predict(learner.student, data.test[0], data.mean, data.std)
                     measured = measure(logits, data.test[1])
@@ -299,14 +300,12 @@ def run(settings, run_dir=None, resume=False, wrap_teacher=None):
                 history.append(row)
                 if rank == 0:
                     runs.write_metrics(folder, history)
-                    print(console.epoch_line(row, s), flush=True)
+                    console.print_epoch(s, data, history)
             if rank == 0:
                 # Here too: a run that was killed after its last checkpoint lacks a line.
                 runs.write_metrics(folder, history)
                 runs.write_curves(folder)
-                last, best = history[-1][s.evaluate + "_top1"], history[-1]["best_top1"]
-                print(f"\nlast epoch {last:.2f} %, best {best:.2f} % (selected on {s.evaluate}); "
-                      f"python eval.py {shlex.quote(str(folder / 'last.pt'))}")
+                console.conclude(s, data, learner, folder, history[-1])
     return history
 
 
@@ -320,11 +319,12 @@ def begin(s, data, device, saved, wrap_teacher):
         head = f", with a new last layer for {C} classes" if C != 1000 else ""
         print(f"student   {s.student} from torchvision's ImageNet weights{head}")
     teacher, digest = get_teacher(s, data, device) if s.teacher else (None, None)
+    student.to(device, memory_format=layout(device))
+    costs = teacher and [teacher.top1, *(cost(net, s.image_size) for net in (teacher, student))]
     if teacher and wrap_teacher:
         teacher = wrap_teacher(teacher, digest, s)
-    student.to(device, memory_format=layout(device))
     learner = Learner(student, distributed.in_parallel(student), teacher, digest,
-                      make_optimizer(s, student), *mixed_precision(device, s.amp))
+                      make_optimizer(s, student), *mixed_precision(device, s.amp), costs)
     return compiled(learner) if s.compile else learner
 
 
@@ -339,7 +339,7 @@ def make_optimizer(s, student):
 def get_teacher(s, data, device):
     """(the frozen teacher in eval mode, digest of its weights): of --teacher-checkpoint, or of
     TEACHERS, or on imagenet as torchvision publishes it, or else one that is trained first, and
-    kept. Raises UserError where it is hardly better than chance."""
+    kept. Raises UserError where it is hardly better than chance, or its logits are not finite."""
     kept = TEACHERS.get((s.dataset, s.teacher, s.evaluate))
     if s.teacher_checkpoint:
         path = origin = s.teacher_checkpoint
@@ -351,10 +351,11 @@ def get_teacher(s, data, device):
         path = origin = own_teacher(s, data)
     teacher, _ = load_model(path, s.teacher, data)
     teacher.requires_grad_(False).to(device, memory_format=layout(device))
-    top1 = measure(predict(teacher, data.test[0], data.mean, data.std), data.test[1])["top1"]
-    advice = "" if s.teacher_checkpoint or s.dataset == "glyphs" else ", or more --epochs"
-    check_teacher(path, top1, len(data.classes), s.evaluate, advice)
+    logits = predict(teacher, data.test[0], data.mean, data.std, who=origin)
+    top1 = measure(logits, data.test[1])["top1"]
+    check_teacher(s, origin, top1, len(data.classes))
     print(f"teacher   {s.teacher} from {origin}: {top1:.2f} % {s.evaluate} top-1")
+    teacher.top1 = top1
     return teacher, weights_digest(teacher)
 
 

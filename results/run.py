@@ -102,6 +102,19 @@ PUBLISHED = {"ce": "--method ce", "kd": "--method kd", "sld": "--method sld",
              "sld-without-swaps": f"{SIX} --lr 0.025"}
 
 
+# For a ladder of 18 epochs: rates of each family, with both views where it is made for them.
+# sld-without-swaps is KD on SLD's views and temperatures.
+GRID_18 = {"sld": ("--method sld", (0.025, 0.05, 0.1, 0.2)),
+           "sld-without-swaps": (SIX, (0.025, 0.05, 0.1, 0.2)),
+           "kd-both": (LADDER["04-kd-both"], (0.1, 0.2, 0.4, 0.8)),
+           "ce": ("--method ce", (0.1, 0.2, 0.4, 0.8)), "kd": ("--method kd", (0.1, 0.2, 0.4, 0.8)),
+           "mlkd": ("--method mlkd", (0.025, 0.05, 0.1, 0.2)),
+           "dkd-both": (LADDER["16-dkd-both"], (0.025, 0.05, 0.1, 0.2)),
+           "rld-both": (LADDER["17-rld-both"], (0.025, 0.05, 0.1, 0.2))}
+TUNING_18 = {f"{name}-lr{lr:g}": f"{flags} --lr {lr:g} --epochs 18 --evaluate val "
+             + TEACHER.format("glyphs-val") * (name != "ce")
+             for name, (flags, rates) in GRID_18.items() for lr in rates}
+
 # {group: ({row: flags of train.py}, seeds)}
 GROUPS = {
     "glyphs": (ladder(TEACHER.format("glyphs")), range(5)),
@@ -130,6 +143,7 @@ GROUPS = {
     # The row of 0.2 is teachers/glyphs-val.
     "tuning-teacher": ({f"resnet14-lr{lr:g}": f"{ALONE} --evaluate val --lr {lr:g}"
                         for lr in (0.1, 0.4)}, range(1)),
+    "tuning-18": (TUNING_18, range(1)),
     "tuning-vit": (grid(VIT_GRID, "--student vit_nano"), range(2)),
     "glyphs-twice": (ladder(TEACHER.format("glyphs"), DEFAULTS, "--epochs 18"), range(5)),
     # The published recipe as it stands, 240 epochs, in bfloat16.

@@ -149,8 +149,11 @@ class Run:
         """Measure the student, add the epoch's row to the history, and print it."""
         s, learner, history = self.s, self.learner, self.history
         sums = dict(zip(self.names, self.sums.tolist()))
-        if not (math.isfinite(sums["loss"]) and is_finite(learner.student)):
-            raise console.not_finite(s, f"{self.folder}: epoch {self.epoch}: loss or weights are")
+        where = f"{self.folder}: epoch {self.epoch}"
+        if not math.isfinite(sums["loss"]):
+            raise console.not_finite(s, where, sums)
+        if not is_finite(learner.student):
+            raise console.not_finite(s, where)
         lr, n = train.learning_rate(s, self.epoch - 0.5 / self.steps), len(self.now.target)
         row = runs.as_row(self.epoch, lr, sums, n, seconds)
         measured = measure(predict(learner.student, data.test[0], data.mean, data.std),

@@ -3,8 +3,11 @@
 A file may come from anywhere, so only tensors and plain types are unpickled, and every check ends
 in a UserError of one line that begins with the file.
 """
+import contextlib
 import hashlib
+import os
 import pickle
+import re
 import warnings
 from pathlib import Path
 
@@ -13,28 +16,41 @@ import torchvision
 
 from models import check_size, create_model
 from support.errors import UserError, as_user_error
-from support.networks import TORCHVISION
+from support.networks import TORCHVISION, as_published
+
+# Where trainers keep the weights in a file; "ema" is their running mean.
+PLACES = "model", "state_dict", "net", "state_dict_ema", "model_ema"
+# What torch.compile, DataParallel and DistributedDataParallel add to the names.
+WRAPPERS = re.compile(r"\b(_orig_mod|module)\.")
 
 
 def load_model(path, name=None, data=None):
     """(network in eval mode, checkpoint) from a file or a published network.
 
-    path: a checkpoint of train.py; or a foreign state dict, bare or under "model" or "state_dict",
-    with or without "module." before each name; or the name of a torchvision network, which stands
-    for its published weights. name: the architecture; a foreign file needs it. data: the Dataset
-    that the network will see. Its classes and image size are checked, and the network then takes
-    images that are normalised by the data's mean and std, whatever it was trained with. checkpoint:
-    the dict in the file, whole.
+    path: a checkpoint of train.py, or a run's folder, which stands for its last.pt; or a foreign
+    state dict, bare or in one of PLACES, whatever WRAPPERS are in its names; or the name of a
+    torchvision network, which stands for its published weights. name: the architecture; a foreign
+    file needs it. data: the Dataset that the network will see. Its classes and image size are
+    checked, and the network then takes images that are normalised by the data's mean and std,
+    whatever it was trained with. checkpoint: the dict in the file, whole.
     Raises UserError for a file that is missing, damaged, no checkpoint, or that holds NaN, another
-    network, or a network for other data.
+    network, a network for other data, or tensors that are no real numbers.
     """
     path = Path(path)
+    path = path / "last.pt" if path.is_dir() else path
     checkpoint = read_checkpoint(path)
     state = weights_in(path, checkpoint)
     name = architecture_in(path, checkpoint, name)
     size = checkpoint.get("image_size", 224 if name in TORCHVISION else 32)
     model, C = build(path, name, size, state)
+    if "classes" not in checkpoint:
+        # Not of train.py, so it was trained with what networks.create_torchvision takes out.
+        model = as_published(name, model)
     if data is not None:
+        first, *others = places_in(checkpoint) or [None]
+        if others:
+            print(f"{path}: the weights under {first!r} are taken, not those under {others[0]!r}; "
+                  "for these save them alone")
         check_classes(path, checkpoint, C, data)
         check_image_size(path, checkpoint, name, size, data)
         adapt_normalisation(path, checkpoint, model, data)
@@ -51,15 +67,40 @@ def read_checkpoint(path):
         raise UserError(f"{path}: no such checkpoint, nor a network of torchvision.models")
     try:
         # torch warns of an unusual pickle protocol. Such a file loads, or is refused below.
-        with warnings.catch_warnings(action="ignore"):
+        with (warnings.catch_warnings(action="ignore"),
+              torch.serialization.safe_globals(STAND_INS)):
             return torch.load(path, map_location="cpu", weights_only=True)
     except pickle.UnpicklingError:
-        raise UserError(f"{path}: not a PyTorch checkpoint of tensors and plain types; it was not "
-                        "loaded")
+        holds = ""
+        with contextlib.suppress(Exception), torch.serialization.safe_globals(STAND_INS):
+            unknown = sorted(torch.serialization.get_unsafe_globals_in_checkpoint(path))
+            holds = f" (it holds {', '.join(unknown[:3])})"
+        raise UserError(f"{path}: not a PyTorch checkpoint of tensors and plain types{holds}; it "
+                        "was not loaded; give a file of the state_dict() alone")
     except Exception:
         # A damaged file can raise nearly anything.
-        raise UserError(f"{path}: not a PyTorch checkpoint, or damaged (empty, cut off, or another "
-                        "file type)")
+        raise UserError(f"{path}: not a PyTorch checkpoint, or damaged (empty, cut off, "
+                        "TorchScript, or another file type)")
+
+
+class StandIn:
+    """In place of a thing beside the weights that nothing here asks for: whatever the file would
+    make of it, nothing happens."""
+
+    def __init__(self, *given):
+        pass
+
+    def __setstate__(self, state):
+        pass
+
+
+# The things that people save beside weights, by their names in a file.
+STAND_INS = [(StandIn, name) for name in (
+    "numpy.dtype", "numpy.ndarray", "argparse.Namespace", "types.SimpleNamespace",
+    "datetime.datetime", "datetime.timedelta", "torch.torch_version.TorchVersion",
+    *(f"numpy.{core}.multiarray.{what}" for core in ("core", "_core")
+      for what in ("scalar", "_reconstruct")),
+    *(f"pathlib{local}.{kind}Path" for local in ("", "._local") for kind in ("Posix", "Windows")))]
 
 
 def published_checkpoint(name):
@@ -72,14 +113,44 @@ def published_checkpoint(name):
                 std=tuple(preset.std), model=model.state_dict())
 
 
+def places_in(checkpoint):
+    """Those of PLACES under which a checkpoint has tensors."""
+    return [place for place in PLACES if isinstance(inner := checkpoint.get(place), dict)
+            and any(isinstance(value, torch.Tensor) for value in inner.values())]
+
+
 def weights_in(path, checkpoint):
-    """{parameter: tensor} of a checkpoint, from whichever of its usual places."""
+    """{parameter: tensor} of a checkpoint, from whichever of its usual places, as `real_numbers`.
+    Raises UserError where it has none."""
     if not isinstance(checkpoint, dict):
         raise UserError(f"{path}: holds a {type(checkpoint).__name__}, not a state dict")
-    inner = [checkpoint[k] for k in ("model", "state_dict") if isinstance(checkpoint.get(k), dict)]
-    state = inner[0] if inner else checkpoint
-    # DataParallel puts "module." before each name.
-    return {str(key).removeprefix("module."): value for key, value in state.items()}
+    place, = places_in(checkpoint)[:1] or [None]
+    state = {WRAPPERS.sub("", str(key)): value
+             for key, value in checkpoint.get(place, checkpoint).items()}
+    # How many weights AveragedModel has averaged.
+    state.pop("n_averaged", None)
+    # Wrappers of other names, such as Lightning's, stand before all of them.
+    common = os.path.commonprefix([*state]).rpartition(".")[0]
+    for key, value in state.items():
+        with as_user_error(f"{path}: {key} "):
+            state[key] = real_numbers(value)
+    return {key.removeprefix(f"{common}."): value for key, value in state.items()}
+
+
+def real_numbers(value):
+    """A tensor of any layout and precision as a dense one, floats in float32; anything else as it
+    is. Raises ValueError, with what it holds, where a tensor has no real numbers."""
+    if not isinstance(value, torch.Tensor):
+        return value
+    for wrong, kind in ((value.is_meta, "no numbers, since it is on the device meta"),
+                        (value.is_complex(), "complex numbers"), (value.is_nested, "ragged rows")):
+        if wrong:
+            raise ValueError(f"holds {kind}; give a file of real numbers")
+    try:
+        value = (value.dequantize() if value.is_quantized else value).to_dense()
+        return value.float() if value.is_floating_point() else value
+    except RuntimeError:
+        raise ValueError(f"holds {value.dtype}, which cannot be converted to float32")
 
 
 def architecture_in(path, checkpoint, name):
@@ -100,7 +171,8 @@ def build(path, name, size, state):
         *_, last = create_model(name, 2, size).state_dict()
         classifier = state.get(last)
         if not isinstance(classifier, torch.Tensor) or classifier.ndim == 0:
-            raise ValueError(f"no classifier weights ({last}), so not a {name}")
+            raise ValueError(f"no classifier weights ({last}), so not a {name}; first names: "
+                             f"{', '.join([*state][:3])}")
         C = len(classifier)
         model = create_model(name, C, size)
     expected = model.state_dict()
@@ -108,6 +180,11 @@ def build(path, name, size, state):
     wrong = wrong or [k for k in expected if expected[k].shape != getattr(state[k], "shape", None)]
     if wrong:
         raise UserError(f"{path}: does not fit a {name}; first mismatches: {', '.join(wrong[:3])}")
+    for key, value in expected.items():
+        # Integers without their scale.
+        if value.is_floating_point() and not state[key].is_floating_point():
+            raise UserError(f"{path}: {key} holds {state[key].dtype}, not weights; give a file in "
+                            "which they are not quantised")
     broken = [k for k in expected if not state[k].isfinite().all()]
     if broken:
         raise UserError(f"{path}: {broken[0]} holds NaN or infinity; train it again, or give "
@@ -165,15 +242,30 @@ def weights_digest(model):
     return hashlib.sha256(weights).hexdigest()
 
 
+def check_finite(who, logits):
+    """Raises UserError where a row of the logits (N, C) is not finite. who: whose they are."""
+    broken = (~logits.isfinite().all(1)).nonzero().flatten().tolist()
+    if broken:
+        raise UserError(f"{who}: the outputs on {len(broken)} of {len(logits)} images are not "
+                        f"finite, first on number {broken[0] + 1}; give another checkpoint, or "
+                        "train it with a smaller --lr")
+
+
 def is_finite(model):
     return all(value.isfinite().all() for value in model.state_dict().values())
 
 
-def check_teacher(path, top1, C, part, advice):
-    """Raises UserError where a teacher is hardly better than chance. path: where it comes from;
-    top1: its accuracy on the `part`, in percent; C: classes; advice: what else might help."""
+def bound_of_chance(C):
+    """(top-1 in percent that chance may give with C classes, what that is called)."""
     # Twice chance means nothing for 2 classes.
-    floor, words = min((200 / C, "twice chance"), (100 / C + 10, "ten points above chance"))
+    return min((200 / C, "twice chance"), (100 / C + 10, "ten points above chance"))
+
+
+def check_teacher(s, path, top1, C):
+    """Raises UserError where a teacher is hardly better than chance. path: where it comes from;
+    top1: its accuracy on the measured part, in percent; C: classes."""
+    advice = "" if s.teacher_checkpoint or s.dataset == "glyphs" else ", or more --epochs"
+    floor, words = bound_of_chance(C)
     if not top1 > floor:
-        raise UserError(f"{path}: the teacher has {top1:.2f} % {part} top-1, no better than "
+        raise UserError(f"{path}: the teacher has {top1:.2f} % {s.evaluate} top-1, no better than "
                         f"{floor:.2f} % ({words}); give another --teacher-checkpoint{advice}")

@@ -1,17 +1,24 @@
-"""What a run prints: the experiment in words, a line an epoch, and one line for an error."""
+"""What a run prints: the experiment in words, a line an epoch, how far it is, and one line for an
+error."""
 import contextlib
+import io
+import math
 import os
+import shlex
 import sys
 import time
 
 import torch
+from tqdm import tqdm
 
 from support.distributed import process
 from support.errors import UserError
+from support.report import comparison
 
 COLUMNS = (  # heading, key, width, format
     ("epoch", "epoch", 5, "d"), ("lr", "lr", 8, ".2g"), ("ce", "loss_ce", 7, ".3f"),
     ("teacher", "loss_teacher", 8, ".3f"), ("student", "loss_student", 8, ".3f"),
+    ("batch", "loss_batch", 8, ".3f"), ("class", "loss_class", 9, ".3f"),
     ("train%", "train_top1", 7, ".2f"), ("{part}%", "{part}_top1", 6, ".2f"),
     ("best%", "best_top1", 6, ".2f"), ("swapTw%", "swap_teacher_weak", 8, ".2f"),
     ("swapTs%", "swap_teacher_strong", 8, ".2f"), ("swapS%", "swap_student", 7, ".2f"),
@@ -28,6 +35,8 @@ def columns(s):
         absent.add("swap_teacher_strong")
     if not s.student_swap:
         absent.add("loss_student")
+    if s.method != "mlkd":
+        absent |= {"loss_batch", "loss_class"}
     return [column for column in COLUMNS if column[1] not in absent]
 
 
@@ -38,6 +47,9 @@ def legend(s):
              f"{PARTS[s.evaluate]} part; best%: the best so far"]
     if s.student_swap:
         lines.insert(1, "student: the weighted KL against the pseudo-teacher")
+    if s.method == "mlkd":
+        lines.insert(1, "batch, class: how far the student is from the teacher in what images are "
+                        "alike, and\n          what classes; weighted")
     if s.teacher is not None:
         lines.insert(1, "teacher: the weighted KL against the teacher")
         lines.append("swap: training images whose top class is not the label: of the teacher on "
@@ -56,31 +68,105 @@ def epoch_line(row, s):
     return line + (f"  {skipped} steps skipped" if skipped else "")
 
 
-def introduce(s, data, learner, folder, drops):
-    """Print what is about to be trained, on what, and what the lines of the epochs mean."""
+def print_epoch(s, data, history):
+    """Print the line of the last row of `history`, and once in a run that the student has learnt
+    nothing: it is not shown to know more than the classes' shares, by its accuracy on the training
+    and on the measured images, nor by its likelihood."""
+    print(epoch_line(history[-1], s), flush=True)
+    shares = [labels.bincount().cpu() / len(labels) for _, labels in (data.train, data.test)]
+    # The largest class's share and three standard errors, in percent.
+    bounds = [100 * (p.max() + 3 * (p.max() * (1 - p.max()) / len(labels)) ** 0.5)
+              for p, (_, labels) in zip(shares, (data.train, data.test))]
+    entropy = torch.special.entr(shares[1]).sum().item()
+    steps = math.ceil(len(data.train[1]) / s.batch_size)
+
+    def at_chance(row):
+        # Some start slowly: in the warm-up, or with few steps.
+        late = row["epoch"] > s.warmup and row["epoch"] * steps >= 50 or row["epoch"] == s.epochs
+        return (late and row["train_top1"] <= bounds[0] and row[s.evaluate + "_top1"] <= bounds[1]
+                and not row[s.evaluate + "_nll"] < 0.98 * entropy)
+    *before, now = map(at_chance, history)
+    if now and not any(before):
+        top1, nll = (history[-1][f"{s.evaluate}_{key}"] for key in ("top1", "nll"))
+        print(f"warning   no better than guessing: {top1:.2f} % {s.evaluate} top-1, NLL {nll:.4g}; "
+              f"to know only how frequent each class is gives {100 * shares[1].max():.2f} % and "
+              f"{entropy:.4g}; try a tenth of --lr {s.lr:g}, or else a higher one", flush=True)
+
+
+def introduce(s, data, learner, folder, drops, own):
+    """Print what is about to be trained, on what, and what the lines of the epochs mean. drops,
+    own: as for `in_words`."""
     half = str(learner.autocast.fast_dtype).removeprefix("torch.")
     precision = f"mixed precision ({half})" if s.amp else "float32"
     world = process()[1]
     device = next(learner.student.parameters()).device
     print(f"data      {s.dataset}: {len(data.train[1])} training and {len(data.test[1])} "
           f"{PARTS[s.evaluate]} images, {len(data.classes)} classes, {s.image_size} px\n"
-          f"{in_words(s, drops)}\n"
+          f"{in_words(s, drops, own)}\n"
           f"device    {device.type}{f' in {world} processes' if world > 1 else ''}, {precision}; "
           f"run folder {folder}\n{legend(s)}")
 
 
-def not_finite(s, what):
-    """The UserError to raise where `what` is not finite, with what may help."""
-    return UserError(f"{what} not finite; try a smaller --lr{' or --no-amp' if s.amp else ''}")
+def conclude(s, data, learner, folder, row):
+    """Print what has come of a run: row is the last epoch's line of metrics.jsonl."""
+    last, best = row[s.evaluate + "_top1"], row["best_top1"]
+    print()
+    if learner.costs:
+        top1, teacher, student = learner.costs
+        print(comparison(dict(name=s.teacher, top1=top1) | teacher,
+                         dict(name=s.student, top1=last) | student, len(data.classes), s.evaluate,
+                         next(learner.student.parameters()).device.type))
+    print(f"last epoch {last:.2f} %, best {best:.2f} % (selected on {s.evaluate}); "
+          f"python eval.py {shlex.quote(str(folder / 'last.pt'))}")
+
+
+def not_finite(s, where, numbers=None):
+    """The UserError to raise where the weights, or else the loss are not finite, with what may
+    help. numbers: the loss and its terms, {name: number}."""
+    what, way = "the loss is" if numbers else "the weights are", "try a smaller --lr"
+    finite = {name: math.isfinite(number) for name, number in (numbers or {}).items()}
+    if finite.get("loss_ce") and not finite.get("loss_teacher", True):
+        # The cross-entropy, of the student's logits alone, would not be finite either.
+        what, way = "the teacher's outputs are", "give another --teacher-checkpoint"
+    return UserError(f"{where}: {what} not finite; {way}{' or --no-amp' if s.amp else ''}")
+
+
+def progress(items, total, what, rounds=1):
+    """The `total` items one by one, with tqdm's bar on a terminal, elsewhere with a line at most
+    every 30 seconds. what: words before the number that are done. rounds: of how many passes
+    like this one, which is the first, the line estimates the time."""
+    if sys.stderr.isatty():
+        yield from tqdm(items, what, total, leave=False, delay=1, disable=process()[0] > 0)
+        return
+    start = said = time.monotonic()
+    for done, item in enumerate(items):
+        now = time.monotonic()
+        if done and now - said >= 30:
+            said, minutes = now, round((now - start) * (total * rounds / done - 1) / 60)
+            left = f"{minutes // 60} h {minutes % 60} min" if minutes >= 60 else f"{minutes} min"
+            print(f"{what} {done} of {total}, about {left} to go", flush=True)
+        yield item
 
 
 @contextlib.contextmanager
 def one_line_errors(parser, place="the run folder"):
-    """Whatever a user can mend ends the program with one line and status 2; Ctrl-C with 130.
+    """Whatever a user can mend ends the program with one line and status 2; Ctrl-C with 130, and
+    with 141, quietly, once nobody reads the output any more. Names in any script can be printed:
+    what the console's encoding lacks appears as \\u732b.
+
     place: what to blame for an OSError that names no file."""
     rank = int(os.environ.get("RANK", 0))
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        # Line by line, so that a file shows how far a run is.
+        sys.stdout.reconfigure(errors="backslashreplace", line_buffering=True)
     try:
-        yield
+        try:
+            yield
+        finally:
+            print(end="", flush=True)
+    except BrokenPipeError:
+        drop_output()
+        sys.exit(141)
     except UserError as error:
         if rank:
             # Most errors occur on every process: let the first one print, before torchrun ends it.
@@ -88,6 +174,7 @@ def one_line_errors(parser, place="the run folder"):
         parser.exit(2, f"{parser.prog}: {error}\n")
     except OSError as error:
         # A full disk, a folder without permission.
+        drop_output()
         parser.exit(2, f"{parser.prog}: {error.filename or place}: {error.strerror or error}\n")
     except torch.OutOfMemoryError as error:
         # In training it is a UserError already. Here the images or the networks do not fit.
@@ -99,20 +186,34 @@ def one_line_errors(parser, place="the run folder"):
         parser.exit(130, f"\n{parser.prog}: interrupted; {stop or 'nothing was saved yet'}\n")
 
 
-def in_words(s, drops):
+def drop_output():
+    """Else Python complains, when it ends, of what a closed pipe or a full disk does not take."""
+    with contextlib.suppress(AttributeError, OSError):
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+
+
+def in_words(s, drops, own=""):
     """The resolved experiment, a line for each of its parts. drops: the epochs after which the
-    learning rate falls."""
-    loss = "CE(label)" if s.method == "ce" else f"losses.{s.method}"
+    learning rate falls. own: what to say of an objective that is not one of the six."""
+    T = ", ".join(f"{T:g}" for T in s.temperatures or ())
+    loss = "CE(label)" if s.method == "ce" else own
     if s.method in ("dkd", "rld"):
         parts = dict(dkd=("label against the rest", "the other classes"),
                      rld=("teacher's certainty", "the classes below the label"))[s.method]
         loss = (f"{s.ce_weight:g} CE(label) + {s.alpha:g} T^2 KL({parts[0]}) + {s.beta:g} T^2 "
                 f"KL({parts[1]}) at T = {s.temperature:g}, in full after {s.kd_warmup:g} epochs")
     elif s.method in ("kd", "sld"):
-        fixed = {"swap": "swapped teacher", "add": f"teacher + {s.omega} on the label"}
+        fixed = {"swap": "swapped teacher", "sort": "teacher with the label moved to rank 1",
+                 "add": f"teacher + {s.omega} on the label",
+                 "add-wrong": f"teacher + {s.omega} on the label where it is wrong"}
+        right = ", of rows whose teacher is right" if s.teacher_fix == "mask" else ""
         loss = (f"{s.ce_weight:g} CE(label) + {s.kd_weight:g} T^2 "
-                f"KL({fixed.get(s.teacher_fix, 'teacher')} || student) "
-                f"at T = {', '.join(f'{T:g}' for T in s.temperatures)}")
+                f"KL({fixed.get(s.teacher_fix, 'teacher')} || student) at T = {T}{right}")
+    elif s.method == "mlkd":
+        loss = (f"{s.ce_weight:g} CE(label) + {s.kd_weight:g} T^2 KL(teacher || student)\n"
+                f"          + {s.kd_weight:g} ||P P' - Q Q'||^2 / images: which images are alike\n"
+                f"          + {s.kd_weight:g} ||P' P - Q' Q||^2 / classes: which go together\n"
+                f"          at T = {T}; P, Q: a batch's probabilities, teacher's and student's")
     if s.standardize:
         loss += "\n          of standardized logits"
     if s.student_swap:

@@ -1,5 +1,6 @@
 """The one exception whose message is meant for the user, and not for the developer."""
 import contextlib
+import difflib
 
 
 class UserError(ValueError):
@@ -8,6 +9,14 @@ class UserError(ValueError):
     def __str__(self):
         # The message stays one line even where the name of a file holds a line break.
         return "".join(c if c.isprintable() else repr(c)[1:-1] for c in super().__str__())
+
+
+def nearest(word, choices, n=1):
+    """"nearest: …" with the n choices that are most like a mistyped word, "" where none is. Case
+    and leading dashes do not count."""
+    choices = {choice.lstrip("-"): choice for choice in choices}
+    near = difflib.get_close_matches(word.lstrip("-").lower(), choices, n, cutoff=0.65)
+    return f"nearest: {', '.join(choices[word] for word in near)}" if near else ""
 
 
 @contextlib.contextmanager

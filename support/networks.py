@@ -1,13 +1,14 @@
 """The classifiers of torchvision.models under the interface of models.py, and what is asked about
 a network before it is used: whether its name exists, and which images it takes.
 """
-import difflib
 import functools
 from pathlib import Path
 
 import torch
 import torchvision
 from torch import nn
+
+from support.errors import nearest
 
 
 class LastLinear(nn.Linear):
@@ -24,6 +25,7 @@ class LastLinear(nn.Linear):
 NOT_LOGITS = ("googlenet", "inception_v3")
 TORCHVISION = tuple(name for name in torchvision.models.list_models(module=torchvision.models)
                     if name not in NOT_LOGITS)
+SQUEEZENETS = "squeezenet1_0", "squeezenet1_1"
 
 
 def create_torchvision(name, num_classes, image_size, pretrained):
@@ -31,8 +33,8 @@ def create_torchvision(name, num_classes, image_size, pretrained):
 
     pretrained: with ImageNet weights, and a new last layer unless num_classes is 1,000. image_size:
     side in pixels, which matters only to weights that were made for one size. A linear last layer
-    becomes a LastLinear with the same parameters. Raises ValueError for weights of another image
-    size, or that cannot be had.
+    becomes a LastLinear with the same parameters, and a SqueezeNet loses the ReLU behind its last
+    layer. Raises ValueError for weights of another image size, or that cannot be had.
     """
     model = torchvision.models.get_model(name, num_classes=num_classes)
     # fc, head, classifier.6: the owner of the last parameter.
@@ -51,6 +53,17 @@ def create_torchvision(name, num_classes, image_size, pretrained):
         own = LastLinear(layer.in_features, layer.out_features, device="meta")
         own.weight, own.bias, layer = layer.weight, layer.bias, own
     model.set_submodule(last, layer)
+    if name in SQUEEZENETS:
+        # Where all logits of an image fall below 0, a ReLU makes them tie, and passes no gradient
+        # by which they could rise again.
+        model.classifier[2] = nn.Identity()
+    return model
+
+
+def as_published(name, model):
+    """The network as torchvision defines it, for weights that were trained so."""
+    if name in SQUEEZENETS:
+        model.classifier[2] = nn.ReLU()
     return model
 
 
@@ -72,8 +85,7 @@ def check_name(name, ours):
     if name in NOT_LOGITS:
         raise ValueError(f"{name}: returns more than logits in training; choose another network")
     if name not in ours and name not in TORCHVISION:
-        near = difflib.get_close_matches(name, [*ours, *TORCHVISION], 4)
-        which = f"nearest: {', '.join(near)}" if near else f"choose among {', '.join(ours)}"
+        which = nearest(name, [*ours, *TORCHVISION], 4) or f"choose among {', '.join(ours)}"
         raise ValueError(f"{name}: unknown network; {which}, or a classifier of torchvision.models")
 
 

@@ -3,19 +3,22 @@ import itertools
 import math
 from pathlib import Path
 
+import numpy as np
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 from PIL import Image
 
 from support.errors import UserError
-from support.tables import read_run
+from support.tables import make_rows, read_run
 
 # Okabe and Ito's colours, which colour-blind readers can tell apart too.
 BLUE, ORANGE, GREEN, BLACK = "#0072B2", "#E69F00", "#009E73", "#222222"
+PURPLE = "#CC79A7"
 
 # {title: {key of metrics.jsonl: colour}}. A colour means the same in all runs of a figure.
 PANELS = {
-    "weighted loss": {"loss_ce": GREEN, "loss_teacher": BLUE, "loss_student": ORANGE},
+    "weighted loss": {"loss_ce": GREEN, "loss_teacher": BLUE, "loss_student": ORANGE,
+                      "loss_batch": BLACK, "loss_class": PURPLE},
     "top-1, %": {"train_top1": BLACK, "val_top1": BLUE, "test_top1": BLUE},
     "rows swapped, %": {"swap_teacher_weak": BLUE, "swap_teacher_strong": BLACK,
                         "swap_student": ORANGE},
@@ -27,37 +30,58 @@ MADE_BY = {"Software": "eval.py --plot"}
 
 def plot(folders):
     """Figure of the runs in `folders`, drawn over each other: the loss by term, top-1, and the
-    share of rows whose top class is not the label. Marked are gamma, after which the student swap
-    joins, and the drops of the learning rate. Raises UserError where a folder holds no run."""
+    share of rows whose top class is not the label. A folder of several seeds is drawn as their
+    mean, in a band from the lowest to the highest. Marked are gamma, after which the student swap
+    joins, and the drops of the learning rate. Raises UserError where a folder holds no run, or
+    runs of different experiments."""
     figure = Figure(figsize=(10, 3.4), dpi=120, layout="constrained")
     axes = figure.subplots(1, len(PANELS))
-    styles = list(zip(map(Path, folders), itertools.cycle(("-", "--", ":", "-."))))
-    for folder, style in styles:
-        config, epochs = read_run(folder)
+    lines = []
+    for folder, style in zip(map(Path, folders), itertools.cycle(("-", "--", ":", "-."))):
+        runs = read_seeds(folder)
+        seeds = f", mean of {len(runs)} seeds" if len(runs) > 1 else ""
+        # matplotlib takes no name that is not Unicode.
+        name = f"{folder}{seeds}".encode(errors="backslashreplace").decode()
+        lines.append(Line2D([], [], color="grey", ls=style, label=name))
         for ax, (title, colours) in zip(axes, PANELS.items()):
             ax.set(xlabel="epoch", title=title)
-            draw_curves(ax, epochs, colours, style)
-            mark_changes(ax, config, epochs)
+            draw_curves(ax, [epochs for _, epochs in runs], colours, style)
+            mark_changes(ax, *runs[0])
             ax.spines[["top", "right"]].set_visible(False)
             ax.xaxis.get_major_locator().set_params(integer=True)
             # Several runs give one entry for each label.
             entries = {line.get_label(): line for line in ax.lines}
             ax.legend(entries.values(), entries.keys(), frameon=False, fontsize=7)
     axes[0].set_yscale("log")
-    if len(styles) > 1:
-        lines = [Line2D([], [], color="grey", ls=style) for _, style in styles]
-        figure.legend(lines, [str(folder) for folder, _ in styles], loc="outside lower center",
-                      frameon=False, fontsize=7)
+    if len(lines) > 1:
+        figure.legend(handles=lines, loc="outside lower center", frameon=False, fontsize=7)
     return figure
 
 
-def draw_curves(ax, epochs, colours, style):
-    """One line for each key of `colours` that the run logs."""
+def read_seeds(folder):
+    """[(config, epochs)] of the run in `folder`, or of the seeds of one experiment below it, up to
+    the last epoch of the shortest."""
+    seeds = sorted(path.parent for path in folder.glob("*/metrics.jsonl"))
+    if (folder / "metrics.jsonl").exists() or not seeds:
+        return [read_run(folder)]
+    runs = [read_run(seed) for seed in seeds]
+    n = min(len(epochs) for _, epochs in runs)
+    rows, _ = make_rows([("", seed, config, epochs[:n])
+                         for seed, (config, epochs) in zip(seeds, runs)])
+    return [*rows[""].values()]
+
+
+def draw_curves(ax, runs, colours, style):
+    """One line for each key of `colours` that the runs, all equally long, log."""
+    epochs = [*zip(*runs)]
     marker = "." if len(epochs) < 30 else ""
     for key, colour in colours.items():
-        if any(key in row for row in epochs):
-            ax.plot([row["epoch"] for row in epochs], [row.get(key, math.nan) for row in epochs],
-                    style, marker=marker, color=colour, label=key)
+        values = np.array([[row.get(key, math.nan) for row in rows] for rows in epochs])
+        if not np.isnan(values).all():
+            x = [rows[0]["epoch"] for rows in epochs]
+            ax.plot(x, values.mean(1), style, marker=marker, color=colour, label=key)
+            if len(runs) > 1:
+                ax.fill_between(x, values.min(1), values.max(1), color=colour, alpha=0.2, lw=0)
 
 
 def mark_changes(ax, config, epochs):

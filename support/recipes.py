@@ -5,7 +5,8 @@ import inspect
 import losses
 from data import DATASETS
 from models import check_name, check_size
-from support.errors import UserError, as_user_error
+from support import tables
+from support.errors import UserError, as_user_error, nearest
 from support.networks import TORCHVISION
 from support.settings import check_sense, check_values, flag
 
@@ -70,6 +71,7 @@ def resolve(s, table, views):
                         "give another --optimizer")
     row = table[key]
     own = defaults_of(method)
+    check_options(method, own, s)
     full = dict.fromkeys(field.name for field in dataclasses.fields(s))
     full |= dict(method=method, dataset=dataset, data_dir="data", evaluate="test", seed=0,
                  device="auto", optimizer=optimizer, views=views.get(method, "weak"),
@@ -103,12 +105,36 @@ def resolve(s, table, views):
     return s
 
 
+def about(s, table):
+    """(the `drops`, the objective with the numbers that it takes and, where its learning rate is
+    not its own, a line that says so)."""
+    numbers = ", ".join(f"{name} {tables.in_words(value)}" for name, value in options(s).items())
+    rates, borrowed = row_of(s, table)["lr"], ""
+    rates = rates if isinstance(rates, dict) else dict(kd=rates)
+    if s.method not in rates and s.lr == rates["kd"]:
+        borrowed = (f"\n          at kd's learning rate, which is not tuned for {s.method} on this "
+                    "data: compare several (--lr)")
+    return drops(s, table), f"losses.{s.method}{numbers and ': '}{numbers}{borrowed}"
+
+
+def check_options(method, own, s):
+    """Raises UserError where an option of the objective has no field in the Settings s, or no
+    default: own is {option: default}."""
+    for name, default in own.items():
+        if not hasattr(s, name):
+            raise UserError(f"--method {method}: the objective takes {name}, which is no field of "
+                            f"train.Settings; add it there, beside kd_weight")
+        if default is inspect.Parameter.empty:
+            raise UserError(f"--method {method}: {name} has no default in losses.py; give it one")
+
+
 def refuse_foreign(given, method):
     """Raises UserError where a flag belongs to another method than this one."""
     def known(name):
         return {*defaults_of(name)} | ({"teacher", "teacher_checkpoint"} if name != "ce" else set())
     every = {name for other in losses.OBJECTIVES for name in known(other)}
-    foreign = ", ".join(flag(k) for k in given if k in every - known(method))
+    foreign = [flag(k) for k in given if k in every - known(method)]
     if foreign:
-        raise UserError(f"{foreign}: no part of --method {method}; leave it out, or choose another "
-                        "method")
+        near = nearest(foreign[0], map(flag, defaults_of(method)))
+        raise UserError(f"{', '.join(foreign)}: no part of --method {method}; "
+                        f"{near or 'leave it out'}, or choose another method")

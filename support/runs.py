@@ -122,7 +122,7 @@ def teacher_folder(s, data, pretrained, recipe):
     if data.digests:
         # Two folders may share a name: their images tell them apart.
         name += f"-{data.digests[0]}"
-    if s.evaluate == "val":
+    if data.held_out:
         name += "-val"
     if pretrained:
         name += "-pretrained"
@@ -283,6 +283,8 @@ def report_failure(s, folder, history):
     command = f"{launch} train.py --resume --run-dir {shlex.quote(str(folder))}"
     try:
         yield
+    except BrokenPipeError:
+        raise
     except UserError as error:
         saved = f"epoch {len(history)} is saved" if history else "no epoch was saved"
         raise UserError(f"{error}; {saved}")

@@ -3,7 +3,9 @@ import argparse
 import dataclasses
 from pathlib import Path
 
-from support.errors import UserError, as_user_error
+from data import DATASETS
+from models import check_name
+from support.errors import UserError, as_user_error, nearest
 
 # --help shows the flags in these groups, which hold every field of train.Settings.
 GROUPS = {
@@ -22,6 +24,7 @@ examples:
 
 The numbers that are not given stand in RECIPES, in train.py, and those of an objective are the
 defaults of its function in losses.py."""
+DEVICES = ("auto", "cpu", "cuda", "mps")
 # Outside these, a value overflows or has no effect.
 COUNT = "from 1 to a billion", lambda v: 1 <= v <= 10 ** 9
 POSITIVE = "above 0, at most a million", lambda v: 0 < v <= 10 ** 6
@@ -41,34 +44,65 @@ BOUNDS = {
 def setting(help, choices=None, metavar=None):
     """A field of Settings that the recipe fills unless it is given. help, choices, metavar: as
     argparse takes them."""
-    return dataclasses.field(default=None, metadata=dict(help=help, choices=choices,
-                                                         metavar=metavar))
+    return dataclasses.field(default=None, metadata=dict(
+        help=help, choices=choices, metavar=metavar or choices and f"{{{','.join(choices)}}}"))
 
 
 def flag(name):
     return "--" + name.replace("_", "-")
 
 
+class Parser(argparse.ArgumentParser):
+    """argparse, whose errors are one line with the nearest flag. flag_of: {word: the flag to which
+    it belongs}, for a word that stands alone."""
+
+    def __init__(self, prog, usage, description, flag_of=()):
+        super().__init__(prog, usage, description,
+                         formatter_class=argparse.RawDescriptionHelpFormatter)
+        self.flag_of = dict(flag_of)
+
+    def error(self, message):
+        self.exit(2, f"{self.prog}: {message}; see --help\n")
+
+    def parse_args(self, args=None):
+        args, rest = self.parse_known_args(args)
+        if rest:
+            word = rest[0].split("=")[0]
+            if word.lower() in self.flag_of:
+                self.error(f"{word}: say {self.flag_of[word.lower()]} {word.lower()}")
+            near = nearest(word, map(flag, vars(args)) if word.startswith("-") else self.flag_of)
+            self.error(f"{word}: unknown{near and '; '}{near}")
+        return args
+
+
+def number(text):
+    """The float that a flag takes."""
+    if "," in text:
+        raise argparse.ArgumentTypeError(f"{text}: write decimals with a point, and put spaces "
+                                         "between several numbers")
+    return float(text)
+
+
 def make_parser(settings_class, description):
     """The command line with a flag for each field of `settings_class`."""
-    parser = argparse.ArgumentParser(prog="train.py", usage="python train.py [flag ...]",
-                                     description=description + EXAMPLES,
-                                     formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.error = lambda message: parser.exit(2, f"{parser.prog}: {message}; see --help\n")
     fields = {field.name: field for field in dataclasses.fields(settings_class)}
+    parser = Parser("train.py", "python train.py [flag ...]", description + EXAMPLES,
+                    {word: flag(name) for name, field in fields.items()
+                     for word in field.metadata["choices"] or ()})
     grouped = {title: names.split() for title, names in GROUPS.items()}
     # A field that somebody added belongs to an objective.
     grouped["what is minimised"] += fields.keys() - {name for g in grouped.values() for name in g}
     for title, names in grouped.items():
         group = parser.add_argument_group(title)
         for field in (fields[name] for name in names):
-            options = {k: v for k, v in field.metadata.items() if v is not None}
+            # Which words there are says check_values, to notebooks too.
+            options = {k: v for k, v in field.metadata.items() if v is not None and k != "choices"}
             if field.type is bool:
                 options["action"] = argparse.BooleanOptionalAction
             elif field.type is tuple:
-                options |= dict(type=float, nargs="+")
+                options |= dict(type=number, nargs="+")
             else:
-                options["type"] = field.type
+                options["type"] = number if field.type is float else field.type
             group.add_argument(flag(field.name), **options)
     group.add_argument("--run-dir", metavar="DIR", help="a new folder for logs and checkpoints; "
                        "default: runs/<data>-<method>-<student>/seed<seed>")
@@ -96,9 +130,7 @@ def check_values(s):
             right = isinstance(one, (int, float) if kind is float else kind)
             if not right or isinstance(one, bool) != (kind is bool):
                 raise UserError(f"{flag(field.name)} {one!r}: must be of type {kind.__name__}")
-            if choices and one not in choices:
-                raise UserError(f"{flag(field.name)} {one}: unknown; choose among "
-                                f"{', '.join(choices)}")
+            check_word(field.name, one, choices or (one,))
             if not fits(one):
                 raise UserError(f"{flag(field.name)} {one}: must be {words}")
     return given
@@ -120,16 +152,58 @@ def check_sense(s, given, pretrainable):
         (s.student_swap and s.gamma >= s.epochs,
          f"--gamma {s.gamma}: the student swap would never start in a run of {s.epochs} epochs; "
          f"give 0 to {s.epochs - 1}, or --no-student-swap"),
-        ((s.teacher_fix == "add") != (s.omega is not None),
-         "--omega: give it with --teacher-fix add, and only there"),
+        ((s.teacher_fix in ("add", "add-wrong")) != (s.omega is not None),
+         "--omega: give it with --teacher-fix add or add-wrong, and only there"),
     ):
         if wrong:
             raise UserError(message)
 
 
+# What eval.py does, and the other flags that have an effect then.
+MODES = {"table": "against", "plot": "output", "predict": "checkpoint device json",
+         "export": "checkpoint model dataset image_size", "checkpoint":
+         "model dataset data_dir image_size teacher_checkpoint teacher device json"}
+
+
+def mode_of(args):
+    """Which of MODES is asked of eval.py. Raises UserError for flags that do not belong together,
+    and for unknown words."""
+    modes = [mode for mode in ("table", "plot", "checkpoint") if getattr(args, mode)]
+    if len(modes) != 1:
+        raise UserError("give a CHECKPOINT, also for --predict and --export, or --table DIR, or "
+                        "--plot RUN")
+    mode = next((mode for mode in ("predict", "export") if getattr(args, mode)), modes[0])
+    for name, value in vars(args).items():
+        if value not in (None, False) and name not in (mode, *MODES[mode].split()):
+            raise UserError(f"{flag(name)}: has no effect with "
+                            f"{'a ' if mode == 'checkpoint' else '--'}{mode}; leave it out")
+    if args.teacher and not args.teacher_checkpoint:
+        raise UserError("--teacher: names the network of --teacher-checkpoint; give both")
+    if args.image_size is not None and not 1 <= args.image_size <= 1_000_000:
+        raise UserError(f"--image-size {args.image_size}: must be from 1 to a million")
+    for name, choices in (("dataset", DATASETS), ("device", DEVICES)):
+        check_word(name, getattr(args, name), choices)
+    for name in ("model", "teacher"):
+        if getattr(args, name) is not None:
+            with as_user_error(f"{flag(name)} "):
+                check_name(getattr(args, name))
+    return mode
+
+
+def check_word(name, word, choices):
+    """Raises UserError where the flag `name` has a word that is none of its choices."""
+    if word is not None and word not in choices:
+        near = nearest(word, choices)
+        raise UserError(f"{flag(name)} {word}: unknown; {near}{near and '; '}choose among "
+                        f"{', '.join(choices)}")
+
+
 def check_run(s, n, device, world, check_size):
-    """Raises UserError where n training images do not make batches for `world` processes, or there
-    can be no CUDA graph. check_size: models.check_size."""
+    """Raises UserError where n training images do not make batches for `world` processes, or the
+    method or a CUDA graph does not go with them. check_size: models.check_size."""
+    if s.method == "mlkd" and world > 1:
+        raise UserError("--method mlkd: compares the images of a batch with each other, so one "
+                        "process has to see them all; start it without torchrun")
     if s.cuda_graph and (device.type != "cuda" or world > 1):
         raise UserError("--cuda-graph: needs a CUDA device and a single process; leave it out")
     if s.batch_size > n:

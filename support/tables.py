@@ -110,7 +110,7 @@ def make_rows(runs):
     for name, run, config, epochs in runs:
         row, seed = rows.setdefault(name, {}), config.get("seed")
         if seed in row:
-            raise UserError(f"--table: {run} is a second run of seed {seed}; keep one")
+            raise UserError(f"{run} is a second run of seed {seed}; keep one")
         about = identity(run, config, epochs)
         known = identities.setdefault(name, about)
         different = [what for what in about if not agree({what: about[what]}, known)]
@@ -118,7 +118,7 @@ def make_rows(runs):
             if any(config.get(k) != other.get(k) for k in {*config, *other} - MAY_CHANGE_WITH_SEED):
                 different.append("settings")
         if different:
-            raise UserError(f"--table: {run.parent} mixes runs of different {different[0]}; keep "
+            raise UserError(f"{run.parent} mixes runs of different {different[0]}; keep "
                             "the seeds of one experiment in a folder")
         identities[name], row[seed] = merge(known, about), (config, epochs)
     return rows, identities

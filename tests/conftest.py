@@ -1,7 +1,11 @@
 import json
+import os
 import sys
 import urllib.error
 from pathlib import Path
+
+# Tiny convolutions do not gain from threads, and other tests run beside. Also for child processes.
+os.environ["OMP_NUM_THREADS"] = "1"
 
 import numpy as np
 import pytest

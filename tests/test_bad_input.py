@@ -18,7 +18,7 @@ from support.checkpoints import load_model
 from support.errors import UserError
 
 FLAGS = [
-    ("--methd sld", "--methd"), ("--method mlkd", "mlkd"), ("--student resnet9", "resnet9"),
+    ("--methd sld", "--methd"), ("--method mlld", "mlld"), ("--student resnet9", "resnet9"),
     ("--teacher vgg12", "--teacher vgg12: unknown network; nearest: vgg1"),
     ("--student mobilenet_v4_small", "nearest: mobilenet_v3_small"),
     ("--student inception_v3", "inception_v3: returns more than logits"),
@@ -36,7 +36,9 @@ FLAGS = [
     ("--kd-weight -1", "--kd-weight"), ("--ce-weight nan", "--ce-weight"),
     ("--gamma 9", "--gamma 9"), ("--gamma -1", "--gamma -1"),
     ("--gamma 3 --no-student-swap", "--gamma"), ("--omega 2", "--omega"),
-    ("--teacher-fix add", "--omega"),
+    ("--teacher-fix add", "--omega"), ("--teacher-fix add-wrong", "--omega"),
+    ("--teacher-fix sort --omega 1", "--omega"), ("--method mlkd --teacher-fix sort",
+                                                  "--teacher-fix: no part of --method mlkd"),
     ("--teacher-fix swop", "swop"),
     ("--method kd --gamma 3", "--gamma"), ("--method ce --teacher resnet20", "--teacher"),
     ("--method ce --temperatures 4", "--temperatures"),

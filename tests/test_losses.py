@@ -10,10 +10,11 @@ import torch
 import torch.nn.functional as F
 
 import losses
-from swap import add_to_target, swap
+from swap import add_to_target, misclassified, sort_to_target, swap
 
 GOLDEN = sorted((Path(__file__).parent / "golden").glob("official_sld_*.npz"))
 NEIGHBOURS = sorted((Path(__file__).parent / "golden").glob("neighbours_*.npz"))
+SORT_MLKD = sorted((Path(__file__).parent / "golden").glob("sort_mlkd_*.npz"))
 T6 = (1, 2, 3, 4, 5, 6)
 
 
@@ -69,6 +70,18 @@ def plain_rld(z_s, z_t, target, alpha, beta, T, T_a):
     return total / len(z_s)
 
 
+def plain_mlkd(z_s, z_t, T):
+    """"batch" and "class" at one temperature in plain Python: pairs of rows, pairs of columns."""
+    def products(vectors):
+        return [[sum(a * b for a, b in zip(u, v)) for v in vectors] for u in vectors]
+
+    def distance(these, those):
+        return sum((a - b) ** 2 for pair in zip(these, those) for a, b in zip(*pair))
+    rows = [[plain_softmax(row, T) for row in z.tolist()] for z in (z_t, z_s)]
+    columns = [list(zip(*p)) for p in rows]
+    return [distance(*map(products, p)) / len(p[0]) for p in (rows, columns)]
+
+
 def plain_standardize(z):
     rows = []
     for row in z.tolist():
@@ -81,6 +94,7 @@ def plain_standardize(z):
 def test_the_golden_files_are_there():
     assert [path.name for path in GOLDEN] == [f"official_sld_{k}.npz" for k in "abc"]
     assert [path.name for path in NEIGHBOURS] == [f"neighbours_{k}.npz" for k in "ab"]
+    assert [path.name for path in SORT_MLKD] == [f"sort_mlkd_{k}.npz" for k in "ab"]
 
 
 @pytest.mark.parametrize("path", GOLDEN, ids=lambda path: path.stem)
@@ -127,6 +141,36 @@ def test_golden_values_and_gradients_of_the_neighbours(path):
     assert set(golden) == {f"{kind}_{name}" for kind in ("loss", "grad") for name in RELEASED}
     for name, objective in RELEASED.items():
         term = objective(student, teacher, y)["teacher"]
+        gradient, = torch.autograd.grad(term, student)
+        exact = dict(rtol=1e-9, atol=1e-15)
+        torch.testing.assert_close(term.detach(), golden[f"loss_{name}"], **exact)
+        torch.testing.assert_close(gradient, golden[f"grad_{name}"], **exact)
+
+
+def sld_sorted(T):
+    return lambda s, t, y: losses.sld(s, t, y, epoch=1, temperatures=(T,), kd_weight=1,
+                                      teacher_fix="sort")["teacher"]
+
+
+def mlkd_term(name):
+    return lambda s, t, y: losses.mlkd(s, t, y, kd_weight=1)[name]
+
+
+# What the released code of sorting and of MLKD, that without its masks, returns.
+RELEASED_LATER = {"kd_sorted_T1": sld_sorted(1), "kd_sorted_T4": sld_sorted(4),
+                  "mlkd_instance": mlkd_term("teacher"), "mlkd_batch": mlkd_term("batch"),
+                  "mlkd_class": mlkd_term("class")}
+
+
+@pytest.mark.parametrize("path", SORT_MLKD, ids=lambda path: path.stem)
+def test_golden_values_and_gradients_of_sorting_and_mlkd(path):
+    golden = {name: torch.from_numpy(np.asarray(value)) for name, value in np.load(path).items()}
+    student, teacher, y = (golden.pop(name) for name in ("student", "teacher", "target"))
+    assert torch.equal(sort_to_target(teacher, y), golden.pop("sort_teacher"))
+    student.requires_grad_()
+    assert set(golden) == {f"{kind}_{name}" for kind in ("loss", "grad") for name in RELEASED_LATER}
+    for name, function in RELEASED_LATER.items():
+        term = function(student, teacher, y)
         gradient, = torch.autograd.grad(term, student)
         exact = dict(rtol=1e-9, atol=1e-15)
         torch.testing.assert_close(term.detach(), golden[f"loss_{name}"], **exact)
@@ -206,6 +250,31 @@ def test_dkd_of_two_classes_is_kd(scale):
     gradients = (torch.autograd.grad(v, z_s)[0] for v in (dkd, kd))
     torch.testing.assert_close(dkd, kd, rtol=1e-12, atol=1e-12)
     torch.testing.assert_close(*gradients, rtol=1e-10, atol=1e-12)
+
+
+def test_mlkd_is_the_plain_python_one():
+    z_s, z_t, y = batch(B=7, C=5)
+    terms = losses.mlkd(z_s, z_t, y, temperatures=(1, 3), ce_weight=0.3, kd_weight=0.6)
+    assert list(terms) == ["ce", "teacher", "batch", "class"]
+    assert terms["ce"].item() == pytest.approx(0.3 * F.cross_entropy(z_s, y).item())
+    kl = sum(plain_kl(z_s, z_t, T) for T in (1, 3))
+    images, classes = map(sum, zip(*(plain_mlkd(z_s, z_t, T) for T in (1, 3))))
+    for name, plain in (("teacher", kl), ("batch", images), ("class", classes)):
+        assert terms[name].item() == pytest.approx(0.6 * plain, rel=1e-12)
+    assert torch.autograd.gradcheck(lambda z: tuple(losses.mlkd(z, z_t, y).values()), z_s)
+    same = losses.mlkd(z_s, z_s.detach(), y, ce_weight=0)
+    assert sum(same.values()).item() == pytest.approx(0, abs=1e-14)
+
+
+def test_mlkd_compares_images_by_their_classes_and_classes_by_their_images():
+    """"batch" does not know a class by its number, nor "class" an image."""
+    z_s, z_t, y = batch(B=16, C=10)
+    terms = losses.mlkd(z_s, z_t, y)
+    for same, other, moved in (("batch", "class", z_s.roll(1, dims=1)),
+                               ("class", "batch", z_s.roll(1, dims=0))):
+        found = losses.mlkd(moved, z_t, y)
+        assert found[same].item() == pytest.approx(terms[same].item(), rel=1e-12)
+        assert found[other].item() != pytest.approx(terms[other].item(), rel=1e-2)
 
 
 @pytest.mark.parametrize("name", ["dkd", "rld"])
@@ -387,18 +456,70 @@ def test_the_schedule_is_a_step_after_gamma():
     assert "student" not in losses.sld(z_s, z_t, y, epoch=151, student_swap=False)
 
 
+def half_right(B=32, C=10):
+    """A batch whose teacher gets the even rows right."""
+    z_s, z_t, _ = batch(B, C)
+    y = torch.where(torch.arange(B) % 2 == 0, z_t.argmax(1), z_t.argmin(1))
+    return z_s, z_t, y
+
+
 def test_the_teacher_fixes():
-    z_s, z_t, y = batch()
-    term = {fix: losses.sld(z_s, z_t, y, epoch=1, teacher_fix=fix, omega=omega)["teacher"].item()
-            for fix, omega in (("swap", None), ("add", 1.5), ("none", None))}
-    fixed = dict(swap=swap(z_t, y), add=add_to_target(z_t, y, 1.5), none=z_t)
-    for fix, value in term.items():
-        assert value == pytest.approx(0.9 * sum(plain_kl(z_s, fixed[fix], T) for T in T6))
+    z_s, z_t, y = half_right()
+    term = {fix: losses.sld(z_s, z_t, y, epoch=1, teacher_fix=fix,
+                            omega=1.5 if "add" in fix else None)["teacher"].item()
+            for fix in losses.TEACHER_FIXES}
+    added = add_to_target(z_t, y, 1.5)
+    where_wrong = z_t.clone()
+    where_wrong[1::2] = added[1::2]
+    fixed = {"swap": swap(z_t, y), "sort": sort_to_target(z_t, y), "add": added,
+             "add-wrong": where_wrong, "none": z_t}
+    assert term.keys() == fixed.keys() | {"mask"}
+    for fix, teacher in fixed.items():
+        assert term[fix] == pytest.approx(0.9 * sum(plain_kl(z_s, teacher, T) for T in T6))
+    # Half of the rows are left out, and the mean is over all.
+    kept = 0.9 * sum(plain_kl(z_s[::2], z_t[::2], T) for T in T6) / 2
+    assert term["mask"] == pytest.approx(kept)
     assert term["none"] == losses.kd(z_s, z_t, y, temperatures=T6)["teacher"].item()
-    with pytest.raises(ValueError, match="omega"):
-        losses.sld(z_s, z_t, y, epoch=1, teacher_fix="add")
+    for fix in ("add", "add-wrong"):
+        with pytest.raises(ValueError, match="omega"):
+            losses.sld(z_s, z_t, y, epoch=1, teacher_fix=fix)
     with pytest.raises(ValueError, match="swop"):
         losses.sld(z_s, z_t, y, epoch=1, teacher_fix="swop")
+
+
+@pytest.mark.parametrize("standardize", [False, True])
+def test_mask_leaves_out_the_kl_of_the_wrong_rows_and_nothing_else(standardize):
+    z_s, z_t, y = half_right()
+    masked, plain = (losses.sld(z_s, z_t, y, epoch=151, teacher_fix=fix, standardize=standardize)
+                     for fix in ("mask", "none"))
+    gradients = [torch.autograd.grad(terms["teacher"], z_s, retain_graph=True)[0]
+                 for terms in (masked, plain)]
+    assert not gradients[0][1::2].any() and torch.equal(gradients[0][::2], gradients[1][::2])
+    # The label and the student's own swap teach these rows as ever.
+    for name in ("ce", "student"):
+        assert masked[name].item() == plain[name].item()
+        gradients = [torch.autograd.grad(terms[name], z_s, retain_graph=True)[0]
+                     for terms in (masked, plain)]
+        assert gradients[0][1::2].any() and torch.equal(*gradients)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
+def test_a_masked_row_counts_exactly_0_however_far_teacher_and_student_are_apart(dtype):
+    z_s = 1e4 * (torch.eye(4, dtype=dtype) - torch.eye(4, dtype=dtype).roll(1, 0))
+    z_s.requires_grad_()
+    z_t = -z_s.detach()
+    term = losses.sld(z_s, z_t, z_t.argmin(1), epoch=1, teacher_fix="mask")["teacher"]
+    assert term.item() == 0 and not torch.autograd.grad(term, z_s)[0].any()
+
+
+@pytest.mark.parametrize("fix", ["mask", "add-wrong", "sort", "swap"])
+def test_a_tie_for_the_first_rank_is_no_mistake(fix):
+    z_s, z_t, y = batch()
+    z_t = z_t.scatter(1, y[:, None], z_t.amax(1, keepdim=True))
+    assert not misclassified(z_t, y).any() and (z_t.argmax(1) != y).any()
+    fixed, plain = (losses.sld(z_s, z_t, y, epoch=1, teacher_fix=name, omega=2.0)["teacher"].item()
+                    for name in (fix, "none"))
+    assert fixed == plain
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
@@ -428,9 +549,14 @@ OBJECTIVES = {
     "sld": lambda s, t, y: losses.sld(s, t, y, epoch=151),
     "sld detached": lambda s, t, y: losses.sld(s, t, y, epoch=151, detach=True),
     "sld with GA": lambda s, t, y: losses.sld(s, t, y, epoch=151, teacher_fix="add", omega=1e4),
+    "sld with GA where wrong": lambda s, t, y: losses.sld(s, t, y, epoch=151, omega=1e4,
+                                                          teacher_fix="add-wrong"),
+    "sld sorted": lambda s, t, y: losses.sld(s, t, y, epoch=151, teacher_fix="sort"),
+    "sld masked": lambda s, t, y: losses.sld(s, t, y, epoch=151, teacher_fix="mask"),
     "dkd": lambda s, t, y: losses.dkd(s, t, y, epoch=20),
     "rld": lambda s, t, y: losses.rld(s, t, y, epoch=20),
     "rld at one T": lambda s, t, y: losses.rld(s, t, y, epoch=20, alpha_temperature=4),
+    "mlkd": lambda s, t, y: losses.mlkd(s, t, y),
     "kd standardized": lambda s, t, y: losses.kd(s, t, y, standardize=True),
     "dkd standardized": lambda s, t, y: losses.dkd(s, t, y, epoch=20, standardize=True),
     "sld standardized": lambda s, t, y: losses.sld(s, t, y, epoch=151, standardize=True),
@@ -473,6 +599,16 @@ def test_half_precision_logits_are_close_to_float64(name, dtype, tolerance):
         assert rounded[term].item() == pytest.approx(exact[term].item(), rel=tolerance)
 
 
+@pytest.mark.parametrize("name", OBJECTIVES)
+def test_autocast_rounds_nothing(name):
+    z_s, z_t, y = batch(64, 100, torch.float32)
+    exact = OBJECTIVES[name](z_s, z_t, y)
+    with torch.autocast("cpu", torch.bfloat16):
+        found = OBJECTIVES[name](z_s, z_t, y)
+    for term in exact:
+        assert found[term].dtype == torch.float32 and found[term].item() == exact[term].item()
+
+
 @pytest.mark.parametrize("name", ["dkd", "rld", "rld at one T"])
 def test_a_sure_teacher_and_a_sure_student_lose_no_digits_in_float32(name):
     """1 - p_y is below float32's rounding of 1 here, so a plain subtraction would give 0."""
@@ -498,7 +634,7 @@ WRONG_SHAPES = {
 OF_TWO = {
     "kd": losses.kd, "sld": lambda s, t, y: losses.sld(s, t, y, epoch=151),
     "dkd": lambda s, t, y: losses.dkd(s, t, y, epoch=1),
-    "rld": lambda s, t, y: losses.rld(s, t, y, epoch=1),
+    "rld": lambda s, t, y: losses.rld(s, t, y, epoch=1), "mlkd": losses.mlkd,
 }
 
 
@@ -509,7 +645,7 @@ def test_wrong_shapes_raise_and_are_named(shapes):
         with pytest.raises(ValueError, match=re.escape(str(tuple(z_t.shape)))):
             objective(z_s, z_t, y)
     # With the teacher's logits alone, wherever they are what is wrong.
-    for function in (lambda z, y: losses.ce(z, y), lambda z, y: losses.swap(z, y),
+    for function in (losses.ce, losses.swap, losses.sort_to_target,
                      lambda z, y: losses.add_to_target(z, y, 1.0)):
         with pytest.raises(ValueError, match=re.escape(str(tuple(y.shape)))):
             function(z_t, y)

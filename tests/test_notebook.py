@@ -96,8 +96,9 @@ def test_the_examples_are_chosen_among_what_is_there(teacher, what, capsys):
     exec(CODE[0].source.split("settings =")[0], names)
     plt.switch_backend("agg")
     images = torch.zeros(len(labels), 3, 4, 4, dtype=torch.uint8)
-    names |= dict(glyphs=SimpleNamespace(classes=glyphs.CLASSES), z_t={"weak": teacher(labels)},
-                  y=labels, views={"weak": images})
+    z = teacher(labels)
+    names |= dict(glyphs=SimpleNamespace(classes=glyphs.CLASSES), z_t=dict(weak=z, strong=z),
+                  y=labels, views=dict(weak=images, strong=images))
     for cell in CODE[first:first + 2]:
         exec(cell.source, names)
         plt.close("all")
@@ -105,6 +106,13 @@ def test_the_examples_are_chosen_among_what_is_there(teacher, what, capsys):
     assert bool(misclassified(names["row"], names["label"])) == ("no mistake" not in what)
     shown = names["names"]
     assert glyphs.CLASSES[names["label"]] in shown and len(set(shown)) == len(shown)
+    # The row whose label is far down, of a teacher that may have none.
+    far, = [cell for cell in CODE if "sort_to_target(row" in cell.source]
+    exec(far.source, names)
+    plt.close("all")
+    lines = capsys.readouterr().out.splitlines()
+    assert [line.split(":")[0] for line in lines] == ["swap (S1)", "sort", "GA"]
+    assert all("the label has rank 1 now" in line for line in lines[:2])
 
 
 def test_missing_logs_name_the_command_that_makes_them(small, monkeypatch):

@@ -12,6 +12,7 @@ import time
 from pathlib import Path
 
 import numpy as np
+import pytest
 import torch
 from PIL import Image
 
@@ -25,7 +26,9 @@ WORDS = ["", "x", "resnet9", "None", "../..", "a b", "é", "a\nb", "0", "folder"
 VALUES = {
     "method": [*train.losses.OBJECTIVES, *WORDS],
     "dataset": ["folder", "glyphs", "cifar10", *WORDS],
-    "data-dir": ["photos", "photos/train", "run", "missing", "photos/val/a/0.png", *WORDS],
+    # Not this session's other folders of images.
+    "data-dir": ["photos", "photos/train", "run", "missing", "photos/val/a/0.png",
+                 *(word for word in WORDS if word != "../..")],
     "image-size": ["1", "3", "8", "16", "1000000000", *NUMBERS],
     "evaluate": ["test", "val", *WORDS],
     "teacher": ["resnet8", "vit_nano", "squeezenet1_1", *WORDS],
@@ -36,7 +39,7 @@ VALUES = {
     "batch-size": ["1", "2", "5", "11", "12", "13", *NUMBERS],
     "optimizer": ["sgd", "adamw", *WORDS],
     "schedule": ["step", "cosine", *WORDS], "seed": ["0", "4294967295", "4294967296", *NUMBERS],
-    "device": ["cpu", "tpu", *WORDS], "teacher-fix": ["swap", "add", "none", *WORDS],
+    "device": ["cpu", "tpu", *WORDS], "teacher-fix": [*train.losses.TEACHER_FIXES, *WORDS],
     "temperatures": ["1 4", "1 1e39", "4 x", *NUMBERS],
 }
 SWITCHES = ("amp", "detach", "student-swap", "standardize", "pretrained")
@@ -156,6 +159,7 @@ def state():
             if p.parts[0] not in ("run", "new", "runs", "data", "curves.png") and not p.is_dir()}
 
 
+@pytest.mark.slow
 def test_whatever_is_drawn_ends_well(command, easy_glyphs, request, monkeypatch, tmp_path):
     draws, counts, slowest = request.config.getoption("--draws"), collections.Counter(), (0, "")
     for optimizer in ("sgd", "adamw"):
@@ -188,7 +192,7 @@ def test_whatever_is_drawn_ends_well(command, easy_glyphs, request, monkeypatch,
         took = time.perf_counter() - start
         assert status in (0, 2), (about, status, out, err)
         # Before the one line torch says what it downloads, and eval.py --json what is prepared.
-        on_the_way = "Downloading: ", "decoding ", "rendering "
+        on_the_way = "Downloading: ", "decoding ", "rendering ", "note "
         err = "".join(x for x in err.splitlines(True) if not x.startswith(on_the_way))
         assert status == 0 or err.count("\n") == 1 and err.startswith(f"{script.__name__}.py: "), (
             about, err)

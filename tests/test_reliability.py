@@ -24,7 +24,8 @@ import train
 from support import files
 
 # Seconds a child may take before the test gives it up.
-FOREVER = 60
+FOREVER = 300
+pytestmark = pytest.mark.slow
 
 
 class SlowFile(File):

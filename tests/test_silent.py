@@ -14,8 +14,9 @@ import eval as evaluation
 import train
 from eval import measure, predict
 from models import create_model
-from support import glyphs
+from support import console, glyphs
 from support.checkpoints import load_model
+from support.errors import UserError
 
 
 def top1_of(report):
@@ -57,6 +58,97 @@ def test_a_network_is_not_measured_at_another_size(colors, color_teacher, comman
     refused(command(train, *base, "--image-size", 24, "--teacher-checkpoint", color_teacher),
             "a resnet8 for 16 px, the images have 24")
     refused(command(evaluation, color_teacher, "--image-size", 24), "for 16 px")
+
+
+def test_a_network_whose_outputs_are_not_finite_is_refused(colors, color_teacher, base, command):
+    """Its weights are: only the sums are too large, on some images."""
+    saved = torch.load(color_teacher, weights_only=True)
+    saved["model"]["fc.weight"] *= 1e38
+    torch.save(saved, "large.pt")
+    image = colors / "val/red/3.png"
+    for result in (command(train, *base, "--teacher-checkpoint", "large.pt"),
+                   command(evaluation, "large.pt"), command(evaluation, "large.pt", "--json"),
+                   command(evaluation, color_teacher, "--teacher-checkpoint", "large.pt"),
+                   command(evaluation, "large.pt", "--predict", image, image)):
+        refused(result, "large.pt: the outputs on ")
+        assert "images are not finite, first on number 1;" in result[2]
+    assert not Path("run").exists()
+
+
+@pytest.mark.parametrize("method", ["kd", "sld", "dkd", "rld"])
+def test_a_teacher_that_fails_in_training_is_named_with_the_step(short, method):
+    def wrap(teacher, digest, s):
+        calls = []
+
+        def fail_at_the_third_step(module, images, logits):
+            calls.append(1)
+            return logits * float("nan" if len(calls) == 3 else 1)
+        teacher.register_forward_hook(fail_at_the_third_step)
+        return teacher
+    with pytest.raises(UserError, match=r"^epoch 1, step 3 of 4, lr [0-9.e-]+: the teacher's "
+                                        "outputs are not finite; give another --teacher-check"):
+        train.run(short(method=method, amp=False), "run", wrap_teacher=wrap)
+
+
+def test_a_student_that_learns_nothing_is_said_once(short, monkeypatch, capsys):
+    real = train.create_model
+
+    def mute(*arguments):
+        network = real(*arguments)
+        torch.nn.init.zeros_(network.fc.weight)
+        return network
+    monkeypatch.setattr(train, "create_model", mute)
+    # Four steps an epoch: only at the end, or from the 50th step on.
+    for epochs, at in ((2, 2), (15, 13)):
+        train.run(short(method="ce", lr=1e-12, epochs=epochs), f"run{epochs}")
+        lines = capsys.readouterr().out.splitlines()
+        where = [k for k, line in enumerate(lines) if line.startswith("warning   no better than")]
+        assert len(where) == 1 and lines[where[0] - 1].split()[0] == str(at)
+        assert ("33.33 % test top-1, NLL 1.099; to know only how frequent each class is gives "
+                "33.33 % and 1.099; try a tenth of --lr 1e-12, or") in lines[where[0]]
+    monkeypatch.undo()
+    train.run(short(method="ce", epochs=2), "learns")
+    assert "warning" not in capsys.readouterr().out
+
+
+BALANCED, LOPSIDED = torch.arange(1000) % 4, (torch.arange(1000) % 10 == 0).long()
+
+
+@pytest.mark.parametrize("labels, epoch, train_top1, test_top1, nll, warned", [
+    (BALANCED, 5, 25.5, 25.0, 1.386, True), (BALANCED, 5, 24.0, 26.0, 170_280.0, True),
+    (BALANCED, 5, 25.5, 25.0, float("nan"), True), (BALANCED, 2, 25.5, 25.0, 1.386, False),
+    # Batch norm's averages are not there yet.
+    (BALANCED, 5, 40.0, 25.0, 9.0, False), (BALANCED, 5, 28.0, 33.0, 1.386, False),
+    (BALANCED, 5, 27.0, 27.0, 1.3, False),
+    # Always the large class, without and with an idea of where that is wrong.
+    (LOPSIDED, 5, 90.0, 90.0, 0.325, True), (LOPSIDED, 5, 90.0, 90.0, 0.25, False)])
+def test_what_counts_as_nothing_learnt(capsys, labels, epoch, train_top1, test_top1, nll, warned):
+    part = torch.zeros(len(labels), 3, 1, 1), labels
+    learnt = dict(train_top1=99, test_top1=99, test_nll=0.1, best_top1=99, loss_ce=1.0, lr=0.1,
+                  seconds=1.0, images_per_second=9.0)
+    history = [learnt | dict(epoch=k) for k in range(1, epoch)]
+    history.append(learnt | dict(epoch=epoch, train_top1=train_top1, test_top1=test_top1,
+                                 test_nll=nll))
+    # A warm-up of 2.4 epochs.
+    s = train.resolve(train.Settings(method="ce", epochs=24))
+    console.print_epoch(s, data.Dataset(part, part, ["a", "b"], (), (), False), history)
+    assert ("\nwarning   " in capsys.readouterr().out) == warned
+
+
+def test_no_committed_run_would_be_warned_of(capsys):
+    """Whatever the rate that was tried: transformers of 47 classes, and 100 classes, learn."""
+    sizes, epochs = dict(glyphs=(47, 16_000, 5000), cifar100=(100, 50_000, 10_000)), 0
+    for path in (Path(__file__).parent.parent / "results").rglob("metrics.jsonl"):
+        config = json.loads((path.parent / "config.json").read_text())
+        s = train.Settings(**{field: config.get(field) for field in vars(train.Settings())})
+        C, *counts = sizes[s.dataset]
+        parts = [(None, torch.arange(n) % C) for n in counts]
+        history = []
+        for line in path.read_text().splitlines():
+            history.append(json.loads(line))
+            console.print_epoch(s, data.Dataset(*parts, [], (), (), False), history)
+            epochs += 1
+    assert epochs > 3000 and "warning" not in capsys.readouterr().out
 
 
 def test_eval_measures_a_foreign_file_at_the_size_that_is_said(colors, color_teacher, command):
@@ -220,6 +312,7 @@ def test_eval_of_a_file_that_cannot_be_read(command, path):
 @pytest.mark.parametrize("options", [
     dict(), dict(method="ce"), dict(method="dkd", standardize=True), dict(student_swap=False),
     dict(method="kd", temperatures=[1, 2]), dict(teacher_fix="add", omega=2.0), dict(detach=True),
+    dict(method="mlkd"), dict(teacher_fix="mask"),
     dict(student="vit_nano"), dict(dataset="cifar10"), dict(dataset="imagenet"),
     dict(dataset="folder"), dict(dataset="folder", teacher="resnet50"),
     dict(dataset="folder", teacher="resnet50", student="mobilenet_v3_small"),
@@ -239,14 +332,14 @@ def test_a_path_given_to_a_resumed_run_leaves_a_checkpoint_that_loads(short):
 
 
 def test_the_readmes_way_to_a_new_objective(monkeypatch):
-    monkeypatch.setitem(train.losses.OBJECTIVES, "mine", train.losses.kd)
+    monkeypatch.setitem(train.losses.OBJECTIVES, "newcomer", train.losses.kd)
     row = train.RECIPES["glyphs", "sgd"]
-    monkeypatch.setitem(row, "lr", row["lr"] | dict(mine=0.03))
+    monkeypatch.setitem(row, "lr", row["lr"] | dict(newcomer=0.03))
     choices = train.Settings.__dataclass_fields__["method"].metadata["choices"]
     assert choices == tuple(train.losses.OBJECTIVES)[:-1]
     field = train.Settings.__dataclass_fields__["method"]
-    monkeypatch.setattr(field, "metadata", dict(field.metadata, choices=(*choices, "mine")))
-    assert train.resolve(train.Settings(method="mine")).lr == 0.03
+    monkeypatch.setattr(field, "metadata", dict(field.metadata, choices=(*choices, "newcomer")))
+    assert train.resolve(train.Settings(method="newcomer")).lr == 0.03
 
 
 def test_a_table_of_a_single_run(short, command):

@@ -1,8 +1,10 @@
 """torchvision's networks under our interface, their weights, and the questions asked beforehand."""
 import pytest
 import torch
+import torchvision
 
 from models import MODELS, check_name, check_size, create_model
+from support.checkpoints import load_model
 from support.networks import TORCHVISION
 
 FAMILIES = ["resnet18", "mobilenet_v3_small", "efficientnet_b0", "vgg11", "alexnet", "densenet121",
@@ -52,6 +54,30 @@ def test_pretrained_weights_are_loaded_and_the_last_layer_replaced(published, na
         layer = last.rpartition(".")[0] + "."
         assert all(torch.equal(value, state[key]) for key, value in loaded.items()
                    if own or not key.startswith(layer))
+
+
+@pytest.mark.parametrize("name", ["squeezenet1_0", "squeezenet1_1"])
+def test_squeezenets_logits_are_not_cut_off_at_0(published, name, tmp_path):
+    state = published(name)
+    images = torch.randn(2, 3, 32, 32)
+    for pretrained in (False, True):
+        student = create_model(name, 5, 32, pretrained)
+        assert student.state_dict().keys() == state.keys()
+        with torch.no_grad():
+            student.classifier[1].bias -= 100
+        logits = student.eval()(images)
+        assert (logits < 0).all()
+        logits.sum().backward()
+        assert student.classifier[1].bias.grad.any()
+    # The student's own file too; weights that were trained with the ReLU keep it.
+    own = dict(architecture=name, classes=list("abcde"), model=student.state_dict())
+    torch.save(own, tmp_path / "own.pt")
+    torch.save(student.state_dict(), tmp_path / "foreign.pt")
+    assert torch.equal(load_model(tmp_path / "own.pt")[0](images), logits)
+    assert not load_model(tmp_path / "foreign.pt", name)[0](images).any()
+    theirs = torchvision.models.get_model(name)
+    theirs.load_state_dict(state)
+    assert torch.equal(load_model(name)[0](images), theirs.eval()(images))
 
 
 @pytest.mark.parametrize("content", [None, b"", b"<html>404</html>"])

@@ -1,12 +1,15 @@
 """Image folders: which files are read and how; decoded once into one file, whole or not there."""
 import errno
+import json
 import os
+import re
 import shutil
 import struct
 import subprocess
 import sys
 import threading
 import time
+import types
 from pathlib import Path
 
 import filelock
@@ -18,8 +21,11 @@ from PIL import Image
 from torchvision import transforms
 
 import data
-from support import files, photographs
+import eval as evaluation
+import train
+from support import files, photographs, runs
 from support.errors import UserError
+from support.photographs import centre
 
 
 def test_a_second_start_does_not_decode(colors, monkeypatch, capsys):
@@ -222,6 +228,142 @@ def test_which_part_is_measured_where_there_are_three(colors, tmp_path, monkeypa
     three = data.DATASETS["imagenet"]._replace(classes=3)
     monkeypatch.setitem(data.DATASETS, "imagenet", three)
     assert len(data.load(name, root, 16).test[1]) == (59 if measured == "test" else 60)
+
+
+@pytest.mark.parametrize("name, val, held_out", [
+    ("folder", "val", False), ("folder", "valid", False), ("cifar10", "val", False),
+    ("imagenet", "val", True), ("folder", None, True)])
+def test_val_beside_test_is_for_evaluate_val(colors, tmp_path, monkeypatch, name, val, held_out):
+    root = shutil.copytree(colors, tmp_path / "three")
+    (root / "val").rename(root / "test")
+    for k in range(7 if val else 0):
+        (root / val / "red").mkdir(parents=True, exist_ok=True)
+        shutil.copy(root / f"test/red/{k}.png", root / val / "red")
+    monkeypatch.setitem(data.DATASETS, name, data.DATASETS[name]._replace(classes=3, side=16))
+    size = 16 if name != "cifar10" else None
+    test, measured = (data.load(name, root, size, evaluate=part) for part in ("test", "val"))
+    assert len(test.test[1]) == (7 if name == "imagenet" else 60) and len(test.train[1]) == 120
+    assert (len(measured.train[1]), len(measured.test[1])) == ((108, 12) if held_out else (120, 7))
+    # A teacher that was trained on all training images is no teacher for a tenth of them.
+    s = train.resolve(train.Settings(dataset=name, data_dir=str(root), evaluate="val"))
+    folders = [str(runs.teacher_folder(s, part, False, None)) for part in (test, measured)]
+    assert ("-val" in folders[1]) == held_out == (folders[0] != folders[1])
+
+
+def test_what_systems_leave_behind_is_no_data(colors, tmp_path, capsys):
+    """Jupyter's copies, macOS's second files, a Synology's thumbnails."""
+    root = shutil.copytree(colors, tmp_path / "photos")
+    image = root / "train/red/0.png"
+    for place in ("train/.ipynb_checkpoints", "val/.ipynb_checkpoints", "train/__MACOSX",
+                  "train/red/.ipynb_checkpoints", "train/red/@eaDir/0.png"):
+        (root / place).mkdir(parents=True)
+        shutil.copy(image, root / place / "0-checkpoint.png")
+    for name in ("._0.png", ".hidden.png", ".DS_Store", "Thumbs.db"):
+        (root / "train/red" / name).write_bytes(b"no image")
+    loaded = data.load("folder", root, 14)
+    assert loaded.classes == ["blue", "green", "red"] and "left out" not in capsys.readouterr().out
+    assert loaded.digests == data.load("folder", colors, 14).digests
+
+
+def test_files_that_pillow_does_not_read_are_counted(colors, tmp_path, monkeypatch, command):
+    monkeypatch.setattr(photographs, "_endings", lambda: (".png", ".jpg"))
+    root = shutil.copytree(colors, tmp_path / "photos")
+    for name in ("train/red/1.HEIC", "val/red/2.heic", "train/red/a.NEF", "train/red/b.cr2",
+                 "train/blue/c.avif", "train/blue/notes.txt"):
+        (root / name).write_bytes(b"x")
+    flags = "--dataset", "folder", "--data-dir", root, "--image-size", 16, "--device", "cpu"
+    status, out, err = command(train, *flags, "--method", "ce", "--epochs", 1, "--run-dir", "run")
+    line, = [line for line in out.splitlines() if "left out" in line]
+    assert status == 0 and line.startswith("note      left out, since Pillow does not read")
+    for part in ("2 .heic", "1 .nef", "1 .cr2", "1 .avif", "1 .txt", "save them as JPEG",
+                 "pip install pillow-heif", "pip install -U pillow"):
+        assert part in line
+    status, _, err = command(evaluation, "run/last.pt", "--predict", root / "train/red/1.HEIC")
+    assert status == 2 and "1.HEIC: not a readable image" in err and "pillow-heif" in err
+    for image in (root / "train/red").glob("*.png"):
+        image.rename(image.with_suffix(".heic"))
+    with pytest.raises(UserError, match="'red' has no image.* 41 .heic, .*; pip install pillow-he"):
+        data.load("folder", root, 16)
+
+
+def test_heic_is_read_where_its_package_is_installed(tmp_path, monkeypatch):
+    def register_heif_opener():
+        Image.register_extension("PNG", ".heic")
+    monkeypatch.setattr(Image, "EXTENSION", dict(Image.EXTENSION))
+    monkeypatch.setitem(sys.modules, "pillow_heif", types.SimpleNamespace(
+        register_heif_opener=register_heif_opener))
+    photographs._endings.cache_clear()
+    assert ".heic" in photographs._endings()
+    photographs._endings.cache_clear()
+
+
+# --- One folder a class ---------------------------------------------------------------------------
+
+def parts_of(root):
+    """{what an image shows: its part}, of a folder that is split."""
+    loaded = data.load("folder", root, 16)
+    return {image.numpy().tobytes(): part for part, images in (
+        ("train", centre(loaded.train[0], 16)), ("test", loaded.test[0])) for image in images}
+
+
+def test_a_folder_of_classes_is_split(colors, tmp_path, capsys):
+    root = shutil.copytree(colors / "train", tmp_path / "photos")
+    before = parts_of(root)
+    assert f"note      {root} has no train/ and test/: the test part is about a fifth" in (
+        capsys.readouterr().out)
+    loaded = data.load("folder", root, 16)
+    assert loaded.classes == ["blue", "green", "red"]
+    assert len(loaded.train[1]) + len(loaded.test[1]) == len(before) == 120
+    for labels, least, most in ((loaded.train[1], 26, 38), (loaded.test[1], 2, 14)):
+        assert (least <= labels.bincount(minlength=3)).all()
+        assert (labels.bincount(minlength=3) <= most).all()
+    # An image stays where it is when others come, or the folder moves.
+    for name in ("red", "blue"):
+        for image in (colors / "val" / name).iterdir():
+            shutil.copy(image, root / name / f"new{image.name}")
+    after = parts_of(root.rename(tmp_path / "moved"))
+    assert len(after) == 160 and before.items() <= after.items()
+    assert {after[image] for image in after.keys() - before.keys()} == {"train", "test"}
+
+
+def test_eval_measures_the_part_that_was_split_off(colors, tmp_path, command):
+    root = shutil.copytree(colors / "train", tmp_path / "photos")
+    history = train.run(train.Settings(method="ce", dataset="folder", data_dir=str(root), epochs=2,
+                                       image_size=16, student="resnet8", device="cpu"), "run")
+    status, out, err = command(evaluation, "run/last.pt", "--json")
+    assert status == 0 and json.loads(out)["top1"] == history[-1]["test_top1"]
+    assert json.loads(out)["n"] == len(data.load("folder", root, 16).test[1])
+
+
+@pytest.mark.parametrize("n", [2, 3, 4, 5])
+def test_small_classes_are_in_both_parts(tmp_path, n):
+    root = write_images(tmp_path / "photos", {
+        f"{k:02d}/{i}.png": Image.new("RGB", (4, 4)) for k in range(30) for i in range(n)})
+    loaded = data.load("folder", root, 4)
+    for labels in (loaded.train[1], loaded.test[1]):
+        assert labels.bincount(minlength=30).min() == 1 or n > 2 and labels.bincount().min() >= 1
+
+
+@pytest.mark.parametrize("files, culprit", [
+    ("a/0 b/0 b/1", "class 'a' has one image"),
+    ("train/a/0 train/b/0", r"give --data-dir {root}/train, which is then split"),
+    ("Training/a/0 Training/b/0 Validation/a/0", "should hold train/<class>/"),
+    # Without folders in them, as in a well-known competition.
+    ("train/0 train/1 test/0 test/1", "train: has the classes []"),
+    ("train/a/0 train/b/0 test/0", "test: holds no folder of a class"),
+    ("cats/train/a/0 cats/test/a/0 dogs/train/a/0 dogs/test/a/0", "its folders hold parts"),
+    ("a/0 a/1", "or <class>/ alone")])
+def test_folders_that_are_no_classes_are_not_split(tmp_path, files, culprit):
+    root = write_images(tmp_path / "photos", {
+        f"{name}.png": Image.new("RGB", (4, 4)) for name in files.split()})
+    with pytest.raises(UserError, match=re.escape(culprit.format(root=root))):
+        data.load("folder", root, 4)
+
+
+def test_trains_among_vehicles_are_a_class(tmp_path):
+    root = write_images(tmp_path / "photos", {
+        f"{name}/{i}.png": Image.new("RGB", (4, 4)) for name in ("bus", "train") for i in range(4)})
+    assert data.load("folder", root, 4).classes == ["bus", "train"]
 
 
 def test_a_folder_read_as_two_data_sets_keeps_its_labels(tmp_path):

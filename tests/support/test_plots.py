@@ -1,6 +1,8 @@
 """The curves are those of the logs, and no file is written over."""
 import json
 
+import pytest
+
 import eval as evaluation
 from support.plots import plot
 
@@ -28,6 +30,33 @@ def test_curves_show_what_the_logs_say(tmp_path, write_run, command, monkeypatch
     assert (tmp_path / "curves.png").read_bytes()[:4] == b"\x89PNG"
     status, _, err = command(evaluation, "--plot", "c")
     assert status == 2 and err.startswith("eval.py: c: ") and err.count("\n") == 1
+
+
+def test_the_seeds_of_a_row_are_drawn_as_their_mean(tmp_path, write_run, command):
+    write_run(tmp_path / "row/seed0", [40, 60, 65], seed=0)
+    write_run(tmp_path / "row/seed1", [50, 66], seed=1)
+    write_run(tmp_path / "alone", [30, 50], seed=0)
+    figure = plot([tmp_path / "row", tmp_path / "alone"])
+    top1 = figure.axes[1]
+    assert [list(line.get_ydata()) for line in top1.lines] == [[45, 63], [30, 50]]
+    (band,) = top1.collections
+    assert {(x, y) for x, y in band.get_paths()[0].vertices.tolist()} == {
+        (1, 40), (1, 50), (2, 60), (2, 66)}
+    (legend,) = figure.legends
+    assert [text.get_text() for text in legend.get_texts()] == [
+        f"{tmp_path / 'row'}, mean of 2 seeds", str(tmp_path / "alone")]
+    # But not what are no seeds of one experiment.
+    write_run(tmp_path / "row/seed2", [50, 66], seed=2, lr=0.3)
+    status, _, err = command(evaluation, "--plot", tmp_path / "row")
+    assert status == 2 and "row mixes runs of different settings" in err and err.count("\n") == 1
+
+
+def test_a_folder_whose_name_is_no_text(tmp_path, write_run):
+    try:
+        folder = write_run(tmp_path / "a\udce9", [40, 60])
+    except OSError:
+        pytest.skip("the file system refuses the name")
+    plot([folder, folder]).savefig(tmp_path / "curves.png")
 
 
 def test_only_a_figure_of_plot_is_replaced(write_run, command, tmp_path):
