@@ -45,11 +45,6 @@ def write_images(root, layout):
     return root
 
 
-def pytest_configure(config):
-    if not any(line.startswith("slow") for line in config.getini("markers")):
-        config.addinivalue_line("markers", "slow: takes longer than all others together")
-
-
 def pytest_addoption(parser):
     parser.addoption("--kills", type=int, default=3,
                      help="how often test_reliability.py kills a run")

@@ -212,6 +212,8 @@ def main():
         device = pick_device(parser.parse_args().device)
     work, begun, failed = Path(tempfile.mkdtemp(prefix="gpu_check-")), time.monotonic(), 0
     os.chdir(work)
+    # Importing conftest.py tells child processes so, and the order of sums depends on it.
+    torch.set_num_threads(1)
     benchmark.DEVICE, glyphs.N_TRAIN, glyphs.N_TEST = device, 64 * STEPS, 500
     write_colors(Path("colors"))
     for check in CHECKS:
