@@ -45,11 +45,6 @@ def write_images(root, layout):
     return root
 
 
-def pytest_configure(config):
-    if not any(line.startswith("slow") for line in config.getini("markers")):
-        config.addinivalue_line("markers", "slow: takes longer than all others together")
-
-
 def pytest_addoption(parser):
     parser.addoption("--kills", type=int, default=3,
                      help="how often test_reliability.py kills a run")
@@ -79,10 +74,9 @@ def images():
     return images.clamp(0, 255).byte()
 
 
-@pytest.fixture(scope="session")
-def colors(tmp_path_factory):
-    """An image folder learnt in a second: noisy red, green and blue, 16 px, 40 + 20 of each."""
-    root, g = tmp_path_factory.mktemp("colors"), np.random.default_rng(0)
+def write_colors(root):
+    """Write an image folder learnt in a second: noisy red, green and blue, 16 px, 40 + 20 each."""
+    g = np.random.default_rng(0)
     for part, n in (("train", 40), ("val", 20)):
         for channel, name in enumerate(("red", "green", "blue")):
             (root / part / name).mkdir(parents=True)
@@ -91,6 +85,11 @@ def colors(tmp_path_factory):
                 pixels[..., channel] = g.integers(90, 256, (16, 16), np.uint8)
                 Image.fromarray(pixels).save(root / part / name / f"{i}.png")
     return root
+
+
+@pytest.fixture(scope="session")
+def colors(tmp_path_factory):
+    return write_colors(tmp_path_factory.mktemp("colors"))
 
 
 @pytest.fixture(scope="session")
