@@ -157,16 +157,9 @@ def test_the_readme_says_of_the_ladder_what_its_logs_show():
     rows = read_rows(ROOT / "results/glyphs")
     assert {len(row) for row in rows.values()} == {5} and "five seeds each" in text
     kd, sld = "05-kd-both-T1to6", "09-sld"
-    made, right = (pages.mistakes_of(ROOT / "results/glyphs", key) for key in ("made", "avoided"))
+    made = pages.mistakes_of(ROOT / "results/glyphs", "made")
     alone, taught = (sum(made[row].values()) / 5 for row in ("01-ce-weak", kd))
     assert f"a student repeats {alone:.0f} % of the teacher's, taught by KD {taught:.0f} %" in text
-    p = holm({row: difference(right[row], right[kd]) for row in rows if row != kd})
-    gain = difference(right[sld], right[kd])[0]
-    assert f"SLD gets {gain:.1f} points more of them right than KD on its views" in text
-    assert p[sld] < 0.05
-    # The teacher errs on 15 % of the images.
-    assert 0.4 < 0.15 * gain < 0.6 and "of all images that is half a point" in text
-
     top1 = {pair: top1_difference(*(rows[row] for row in pair))
             for pair in pages.CLAIMS.values()}
     p = holm(top1)
