@@ -69,7 +69,7 @@ class Settings:
     schedule: str = setting("step: x0.1 at the recipe's drops; cosine: to 0", ("step", "cosine"))
     warmup: float = setting("epochs in which the learning rate grows from 0")
     device: str = setting("default auto: cuda, mps or cpu", DEVICES)
-    amp: bool = setting("mixed precision: bfloat16, on older GPUs float16")
+    amp: bool = setting("mixed precision, by default on a GPU: bfloat16, on older ones float16")
     cuda_graph: bool = setting("record each epoch's step as one CUDA graph, faster on a GPU")
     compile: bool = setting("torch.compile student and teacher, for long runs; first step is late")
 

@@ -54,11 +54,8 @@ def pytest_addoption(parser):
 
 @pytest.fixture(autouse=True)
 def own_folder_and_seed(tmp_path, monkeypatch):
-    """Every test has its own runs/ and its own random numbers, and float32 on every CPU: where one
-    is about mixed precision it asks for that. On maps of one pixel, as the small images here give,
-    oneDNN's bfloat16 leaves part of a depthwise gradient unset."""
+    """Every test has its own runs/ and its own random numbers."""
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(torch.cpu, "_is_avx512_bf16_supported", lambda: False, raising=False)
     torch.manual_seed(0)
 
 

@@ -3,7 +3,7 @@ import pytest
 import torch
 
 import train
-from support.devices import layout, mixed_precision, pick_device
+from support.devices import amp_by_default, layout, mixed_precision, pick_device
 from support.errors import UserError
 
 
@@ -32,3 +32,8 @@ def test_a_gpu_takes_bfloat16_where_it_has_it(monkeypatch, has_bf16):
 def test_a_cuda_graph_needs_a_gpu(short):
     with pytest.raises(UserError, match="^--cuda-graph: needs a CUDA device"):
         train.run(short(cuda_graph=True), "run")
+
+
+def test_mixed_precision_is_the_default_on_gpus_only():
+    assert amp_by_default(torch.device("cuda"))
+    assert not amp_by_default(torch.device("cpu"))
