@@ -13,7 +13,7 @@ from eval import measure, predict
 from results import pages
 from results import run as runner
 from support import glyphs
-from support.checkpoints import load_model
+from support.checkpoints import load_model, weights_digest
 from support.plots import BLUE
 from support.runs import write_json
 from support.tables import (
@@ -297,6 +297,11 @@ def test_the_teacher_in_the_repository_is_the_one_of_its_log():
     config, epochs = read_run(path.parent)
     env = json.loads((path.parent / "env.json").read_text("utf-8"))
     assert env["data"] == [glyphs.VERSION] and checkpoint["epoch"] == config["epochs"]
+    # The very one of the ladder that is made with it, and of the README's run.
+    digests = {json.loads(path.read_text("utf-8"))["teacher_digest"]
+               for name in ("ladder", "default-run")
+               for path in (ROOT / "results" / name).rglob("env.json")}
+    assert digests == {weights_digest(teacher)}
     images, labels = glyphs.render(glyphs.N_TEST, seed=2)
     top1 = measure(predict(teacher, images, checkpoint["mean"], checkpoint["std"]), labels)["top1"]
     # One image in a thousand may fall differently on another processor.
