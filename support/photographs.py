@@ -31,11 +31,11 @@ VAL = "val", "valid", "validation"
 PARTS = "train", "training", "test", "testing", *VAL
 # What systems leave in folders beside names that begin with a dot.
 LITTER = "__MACOSX", "@eaDir", "Thumbs.db", "desktop.ini"
-# The way out for photographs that Pillow does not read, or not everywhere.
-READERS = {**dict.fromkeys((".heic", ".heif", ".hif"), "pip install pillow-heif"),
-           **dict.fromkeys((".avif", ".webp"), "pip install -U pillow"),
-           **dict.fromkeys((".arw", ".cr2", ".cr3", ".dng", ".nef", ".orf", ".pef", ".raf", ".rw2",
-                            ".srw", ".jxl"), "save them as JPEG")}
+# What to do about photographs that Pillow does not read, or not everywhere.
+READERS = {ending: way for way, endings in {
+    "pip install pillow-heif": ".heic .heif .hif", "pip install -U pillow": ".avif .webp",
+    "save as JPEG": ".arw .cr2 .cr3 .dng .jxl .nef .orf .pef .raf .rw2 .srw"}.items()
+    for ending in endings.split()}
 
 
 def stored_side(size):
@@ -286,8 +286,9 @@ def read_image(path, side):
     # Pillow's plug-ins raise nearly any exception on a damaged file.
     except Exception as error:
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__
-        way = READERS.get(os.path.splitext(path)[1].lower(), "mend or remove it")
-        raise UserError(f"{path}: not a readable image ({reason}); {way}")
+        way = READERS.get(os.path.splitext(path)[1].lower())
+        raise UserError(f"{path}: not a readable image ({reason}); mend or remove it"
+                        + (f", or {way}" if way else ""))
 
 
 def decoded(folder, paths, side):
