@@ -125,8 +125,8 @@ def evaluate(args):
     report = measure(logits, labels)
     if args.teacher_checkpoint:
         theirs, teacher = look_at(args.teacher_checkpoint, args.teacher)
-        report |= inheritance(logits, theirs, labels)
-        report |= dict(teacher=teacher, student=student, device=device.type)
+        report |= inheritance(logits, theirs, labels) | dict(comparison=dict(
+            teacher=teacher, student=student, C=len(data.classes), part="test", device=device.type))
     return report | mistakes(logits, labels, names_of(dataset, data.classes))
 
 

@@ -9,8 +9,8 @@ from support.checkpoints import bound_of_chance
 def cost(model, size):
     """{"parameters", "megabytes", "milliseconds"} of a network: its number of weights, the size of
     weights and buffers, and the time that one image, `size` pixels wide, takes on the device where
-    the network is. That is the shortest time of those that fit into a tenth of a second, of
-    two at least. Leaves the network in eval mode."""
+    the network is: the shortest of as many as fit into a tenth of a second, but of two at
+    least. Leaves the network in eval mode."""
     model.eval()
     image = torch.zeros(1, 3, size, size, device=next(model.parameters()).device)
     times = []
@@ -51,13 +51,12 @@ def in_words(report):
     """What eval.py prints of its report: numbers, the `comparison`, five of `mistakes` each."""
     lines = [f"{key:24s}{value:{'10.4f' if isinstance(value, float) else '10d'}}"
              for key, value in report.items() if isinstance(value, (int, float))]
-    if "teacher" in report:
-        lines.append(comparison(report["teacher"], report["student"], len(report["classes"]),
-                                "test", report["device"]))
-    lines += ["", "worst classes", *(f"{accuracy:10.2f} %  {name}, {n} images"
-                                 for name, accuracy, n in report["classes"][:5])]
+    if "comparison" in report:
+        lines.append(comparison(**report["comparison"]))
+    lines += ["", "worst classes", *(f"{accuracy:10.2f} % of {n:<6d} {name}"
+                                     for name, accuracy, n in report["classes"][:5])]
     if report["confusions"]:
-        lines += ["most often confused", *(f"{n:10d} x  {name} read as {answer}"
+        lines += ["most often confused", *(f"{n:10d} times     {name} read as {answer}"
                                            for name, answer, n in report["confusions"][:5])]
     return "\n".join(lines)
 

@@ -9,7 +9,7 @@ import torch.distributed as dist
 
 import train
 from models import create_model
-from support import distributed
+from support import distributed, runs
 from support.errors import UserError
 
 
@@ -42,6 +42,15 @@ def test_a_process_that_fails_does_not_wait_for_the_others(group, device, closed
     with pytest.raises(UserError), distributed.several_processes(device):
         raise UserError("the loss is not finite")
     assert [name for name, *_ in group[1:]] == ["destroy_process_group"] * closed
+
+
+def test_the_error_of_a_device_is_not_hidden(monkeypatch):
+    """Any RuntimeError may mean that another process is gone, so its own words are said too."""
+    monkeypatch.setattr(runs, "process", lambda: (0, 2))
+    s = train.resolve(train.Settings())
+    with (pytest.raises(UserError, match=r"\(CUDA error: device-side assert\); epoch 0 is safe"),
+          runs.report_failure(s, Path("run"), [])):
+        raise RuntimeError("CUDA error: device-side assert\nCUDA kernel errors might be")
 
 
 def test_a_resumed_run_stays_on_its_device(command, monkeypatch):

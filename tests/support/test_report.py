@@ -64,10 +64,11 @@ def test_a_run_ends_with_teacher_and_student(base, color_teacher, command):
         assert f"\n{line}" in out
     status, out, _ = command(evaluation, "run", "--teacher-checkpoint", color_teacher, "--json")
     found = json.loads(out)
-    assert found["student"].keys() == found["teacher"].keys() == {
+    teacher, student = (found["comparison"][who] for who in ("teacher", "student"))
+    assert student.keys() == teacher.keys() == {
         "name", "top1", "parameters", "megabytes", "milliseconds"}
-    assert found["student"]["top1"] == found["top1"] == top1
-    assert found["teacher"]["top1"] == found["teacher_top1"]
+    assert student["top1"] == found["top1"] == top1
+    assert teacher["top1"] == found["teacher_top1"] and found["comparison"]["C"] == 3
 
 
 def test_a_run_without_a_teacher_compares_nothing(base, command):
@@ -94,16 +95,16 @@ def test_mistakes_against_plain_python():
     text = report.in_words(dict(top1=1.0, n=300) | found).splitlines()
     name, accuracy, n = found["classes"][0]
     assert text[:2] == [f"{'top1':24s}{1:10.4f}", f"{'n':24s}{300:10d}"]
-    assert text[4] == f"{accuracy:10.2f} %  {name}, {n} images"
+    assert text[4] == f"{accuracy:10.2f} % of {n:<6d} {name}"
     a, b, n = found["confusions"][0]
-    assert text[9:11] == ["most often confused", f"{n:10d} x  {a} read as {b}"]
+    assert text[9:11] == ["most often confused", f"{n:10d} times     {a} read as {b}"]
     assert len(text) == 15
 
 
 def test_images_that_are_all_read_right():
     found = report.mistakes(torch.eye(3), torch.arange(3), ["a", "b", "c"])
     assert found == dict(classes=[[name, 100, 1] for name in "abc"], confusions=[])
-    assert report.in_words(found).splitlines()[-1] == "    100.00 %  c, 1 images"
+    assert report.in_words(found).splitlines()[-1] == "    100.00 % of 1      c"
 
 
 def test_the_classes_of_imagenet_by_their_names(published, imagenet, command):
