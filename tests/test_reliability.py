@@ -48,6 +48,8 @@ def child(folder, arguments, slow, limit):
     sys.stdout, sys.stderr = open("out", "w"), open("err", "w")
     sys.argv = ["train.py", *arguments]
     torch.set_num_threads(1)
+    # A shell has its background jobs ignore Ctrl-C, and these tests may be in one.
+    signal.signal(signal.SIGINT, signal.default_int_handler)
     if slow:
         files.open = SlowFile
     if limit:
