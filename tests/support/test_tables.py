@@ -97,7 +97,7 @@ def write_kd(write_run, folder, change, whole_row):
 
 
 @pytest.mark.parametrize("change, culprit", [
-    (dict(lr=0.025), "2-kd mixes runs of different settings"),
+    (dict(lr=0.025), "2-kd mixes runs of different lr"),
     (dict(seed=0), "second run of seed 0"),
     (dict(dataset="cifar10"), "different data set"),
     (dict(image_size=32), "different image size"),
