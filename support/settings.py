@@ -53,13 +53,11 @@ def flag(name):
 
 
 class Parser(argparse.ArgumentParser):
-    """argparse, whose errors are one line with the nearest flag. flag_of: {word: the flag to which
-    it belongs}, for a word that stands alone."""
+    """argparse, whose errors are one line, with the nearest flag for an unknown one."""
 
-    def __init__(self, prog, usage, description, flag_of=()):
+    def __init__(self, prog, usage, description):
         super().__init__(prog, usage, description,
                          formatter_class=argparse.RawDescriptionHelpFormatter)
-        self.flag_of = dict(flag_of)
 
     def error(self, message):
         self.exit(2, f"{self.prog}: {message}; see --help\n")
@@ -68,27 +66,15 @@ class Parser(argparse.ArgumentParser):
         args, rest = self.parse_known_args(args)
         if rest:
             word = rest[0].split("=")[0]
-            if word.lower() in self.flag_of:
-                self.error(f"{word}: say {self.flag_of[word.lower()]} {word.lower()}")
-            near = nearest(word, map(flag, vars(args)) if word.startswith("-") else self.flag_of)
+            near = nearest(word, map(flag, vars(args)))
             self.error(f"{word}: unknown{near and '; '}{near}")
         return args
-
-
-def number(text):
-    """The float that a flag takes."""
-    if "," in text:
-        raise argparse.ArgumentTypeError(f"{text}: write decimals with a point, and put spaces "
-                                         "between several numbers")
-    return float(text)
 
 
 def make_parser(settings_class, description):
     """The command line with a flag for each field of `settings_class`."""
     fields = {field.name: field for field in dataclasses.fields(settings_class)}
-    parser = Parser("train.py", "python train.py [flag ...]", description + EXAMPLES,
-                    {word: flag(name) for name, field in fields.items()
-                     for word in field.metadata["choices"] or ()})
+    parser = Parser("train.py", "python train.py [flag ...]", description + EXAMPLES)
     grouped = {title: names.split() for title, names in GROUPS.items()}
     # A field that somebody added belongs to an objective.
     grouped["what is minimised"] += fields.keys() - {name for g in grouped.values() for name in g}
@@ -100,9 +86,9 @@ def make_parser(settings_class, description):
             if field.type is bool:
                 options["action"] = argparse.BooleanOptionalAction
             elif field.type is tuple:
-                options |= dict(type=number, nargs="+")
+                options |= dict(type=float, nargs="+")
             else:
-                options["type"] = number if field.type is float else field.type
+                options["type"] = field.type
             group.add_argument(flag(field.name), **options)
     group.add_argument("--run-dir", metavar="DIR", help="a new folder for logs and checkpoints; "
                        "default: runs/<data>-<method>-<student>/seed<seed>")
@@ -121,16 +107,13 @@ def check_values(s):
         value, several = given[field.name], field.type is tuple
         kind = float if several else field.type
         words, fits = BOUNDS.get(field.name, ("", lambda v: True))
-        choices = field.metadata.get("choices")
-        if several and not isinstance(value, (tuple, list)):
-            raise UserError(f"{flag(field.name)} {value!r}: must be a list")
-        if several and not value:
-            raise UserError(f"{flag(field.name)}: give at least one")
+        if several and not (isinstance(value, (tuple, list)) and value):
+            raise UserError(f"{flag(field.name)} {value!r}: must be a list of at least one number")
         for one in value if several else [value]:
-            right = isinstance(one, (int, float) if kind is float else kind)
-            if not right or isinstance(one, bool) != (kind is bool):
+            # The very type, since a bool is also an int.
+            if type(one) is not kind and (type(one), kind) != (int, float):
                 raise UserError(f"{flag(field.name)} {one!r}: must be of type {kind.__name__}")
-            check_word(field.name, one, choices or (one,))
+            check_word(field.name, one, field.metadata.get("choices") or (one,))
             if not fits(one):
                 raise UserError(f"{flag(field.name)} {one}: must be {words}")
     return given
