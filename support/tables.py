@@ -110,18 +110,24 @@ def make_rows(runs):
     return rows, identities
 
 
-def group_rows(runs):
-    """{values of COMPARABLE: rows} of [(row, run folder, config, epochs)]: a group for each set of
-    rows that may be compared. A row without a teacher is in the group of each teacher. Raises
-    UserError as `make_rows` does."""
-    rows, identities = make_rows(runs)
-    groups = {}
+def read_groups(folder):
+    """({values of COMPARABLE: rows}, [a line for each run that is not finished]) of the runs below
+    `folder`: a group for each set of rows that may be compared. A row without a teacher is in the
+    group of each teacher. Raises UserError where a file is damaged, or a row mixes experiments."""
+    finished, unfinished, groups = [], [], {}
+    for name, run in find_runs(folder):
+        config, epochs = read_run(run)
+        if is_finished(config, epochs):
+            finished.append((name, run, config, epochs))
+        else:
+            unfinished.append(f"{run} has {len(epochs)} of {config['epochs']} epochs")
+    rows, identities = make_rows(finished)
     for name, about in identities.items():
         taught = [other for other in identities.values()
                   if other[:-2] == about[:-2] and about[-2] == "None" != other[-2]]
         for group in taught or [about]:
             groups.setdefault(group, {})[name] = rows[name]
-    return groups
+    return groups, unfinished
 
 
 def differences_of(groups):
@@ -132,12 +138,9 @@ def differences_of(groups):
 def read_rows(folder):
     """{row: {seed: (config, epochs)}} of the runs below `folder`, all of which may be compared.
     Raises UserError where a run is not finished, or rows may not be compared."""
-    runs = [(name, run, *read_run(run)) for name, run in find_runs(folder)]
-    for _, run, config, epochs in runs:
-        if not is_finished(config, epochs):
-            raise UserError(f"--table: {unfinished(run, config, epochs)}; go on with it, or take "
-                            "it out")
-    groups = group_rows(runs)
+    groups, unfinished = read_groups(folder)
+    if unfinished:
+        raise UserError(f"--table: {unfinished[0]}; go on with it, or take it out")
     if len(groups) > 1:
         largest = max(groups, key=lambda about: len(groups[about]))
         odd = next(about for about in groups if about != largest)
@@ -145,10 +148,6 @@ def read_rows(folder):
         raise UserError(f"--table {folder}: mixes rows of different {COMPARABLE[k]}, which cannot "
                         f"be compared; the odd ones: {', '.join(groups[odd])} ({odd[k]})")
     return next(iter(groups.values()))
-
-
-def unfinished(run, config, epochs):
-    return f"{run} has {len(epochs)} of {config['epochs']} epochs"
 
 
 def last_top1(row):
@@ -244,10 +243,9 @@ def table(rows, against=None):
     `against`; the verdicts are then corrected for their number."""
     config, _ = next(iter(next(iter(rows.values())).values()))
     part, key = config["evaluate"], top1_of(config)
-    above = dict(zip([*rows][1:], rows))
-    partner = {name: above.get(name) if against is None else against for name in rows}
+    partner = dict(zip([*rows][1:], rows)) if against is None else dict.fromkeys(rows, against)
     differences = {name: top1_difference(rows[name], rows[other])
-                   for name, other in partner.items() if other not in (None, name)}
+                   for name, other in partner.items() if other != name}
     p = holm(differences) if against is not None else {}
     lines = []
     for name, row in rows.items():
@@ -296,8 +294,7 @@ def tables(folder, against=None):
     compared, or only those that have the row `against`; then the settings in which its rows differ,
     and at the end the runs that are not finished. Raises UserError where a file is damaged, a row
     mixes experiments, or no row is called `against`."""
-    runs = [(name, run, *read_run(run)) for name, run in find_runs(folder)]
-    groups = group_rows([run for run in runs if is_finished(*run[2:])])
+    groups, unfinished = read_groups(folder)
     if against is not None:
         names = dict.fromkeys(name for rows in groups.values() for name in rows)
         if against not in names:
@@ -309,6 +306,5 @@ def tables(folder, against=None):
         if several:
             blocks.append(f"**{', '.join(f'{COMPARABLE[k]} {about[k]}' for k in several)}**")
         blocks += [table(rows, against), differing_settings(rows)]
-    blocks.append("\n".join(f"Left out: {unfinished(*run[1:])}." for run in runs
-                            if not is_finished(*run[2:])))
+    blocks.append("\n".join(f"Left out: {run}." for run in unfinished))
     return "\n\n".join(filter(None, blocks))
