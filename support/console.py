@@ -149,12 +149,10 @@ def progress(items, total, what, rounds=1):
 
 
 @contextlib.contextmanager
-def one_line_errors(parser, place="the run folder"):
+def one_line_errors(parser):
     """Whatever a user can mend ends the program with one line and status 2; Ctrl-C with 130, and
     with 141, quietly, once nobody reads the output any more. Names in any script can be printed:
-    what the console's encoding lacks appears as \\u732b.
-
-    place: what to blame for an OSError that names no file."""
+    what the console's encoding lacks appears as \\u732b."""
     rank = int(os.environ.get("RANK", 0))
     if isinstance(sys.stdout, io.TextIOWrapper):
         # Line by line, so that a file shows how far a run is.
@@ -175,7 +173,7 @@ def one_line_errors(parser, place="the run folder"):
     except OSError as error:
         # A full disk, a folder without permission.
         drop_output()
-        parser.exit(2, f"{parser.prog}: {error.filename or place}: {error.strerror or error}\n")
+        parser.exit(2, f"{parser.prog}: {UserError(error)}\n")
     except torch.OutOfMemoryError as error:
         # In training it is a UserError already. Here the images or the networks do not fit.
         parser.exit(2, f"{parser.prog}: --device: the GPU's memory is full; end what else uses it, "

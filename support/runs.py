@@ -265,21 +265,22 @@ def report_failure(s, folder, history):
     world = process()[1]
     launch = f"torchrun --nproc-per-node {world}" if world > 1 else "python"
     command = f"{launch} train.py --resume --run-dir {shlex.quote(str(folder))}"
+
+    def saved(how=""):
+        there = (folder / "last.pt").exists()
+        return f"epoch {len(history)} is saved{how}" if there else "no epoch is saved"
+    go_on = f": {command} goes on after it"
     try:
         yield
     except BrokenPipeError:
         raise
     except UserError as error:
-        saved = f"epoch {len(history)} is saved" if history else "no epoch was saved"
-        raise UserError(f"{error}; {saved}")
+        raise UserError(f"{error}; {saved()}")
     except KeyboardInterrupt:
-        raise KeyboardInterrupt(f"{command} goes on after epoch {len(history)}")
+        raise KeyboardInterrupt(saved(go_on))
     except OSError as error:
-        saved = "no epoch is saved there"
-        if (folder / "last.pt").exists():
-            saved = f"epoch {len(history)} is safe: {command} goes on after it"
         raise UserError(f"{folder}: cannot write epoch {len(history) + 1} "
-                        f"({error.strerror or error}); {saved}")
+                        f"({error.strerror or error}); {saved(go_on)}")
     except (MemoryError, RuntimeError) as error:
         if isinstance(error, MemoryError) or "allocate" in str(error):
             raise UserError(f"--batch-size {s.batch_size}: the memory is full; try "
@@ -287,7 +288,6 @@ def report_failure(s, folder, history):
         if world == 1:
             raise
         # gloo and nccl raise it once a process of this run is gone, but a device may too.
-        reason = str(error).strip().splitlines()[:1]
+        reason = str(error).partition("\n")[0]
         raise UserError(f"{folder}: another process of this run is gone, or this one failed "
-                        f"({''.join(reason)}); epoch {len(history)} is safe: {command} goes on "
-                        "after it")
+                        f"({reason}); {saved(go_on)}")

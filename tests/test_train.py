@@ -595,7 +595,7 @@ def test_a_run_whose_every_step_is_skipped_stops(short, monkeypatch):
     def overflow(loss, *a):
         backward(loss * torch.inf, *a)
     monkeypatch.setattr(torch.Tensor, "backward", overflow)
-    with pytest.raises(data.UserError, match="epoch 1: 4 steps were skipped, .* no epoch was sa"):
+    with pytest.raises(data.UserError, match="epoch 1: 4 steps were skipped, .* no epoch is sa"):
         run(short(), "run")
 
 
@@ -616,7 +616,7 @@ def test_a_loss_that_is_not_finite_stops_the_run(short, monkeypatch, scale):
     message = r"step 1 of 60, lr 0\.[0-9e-]+: the loss is not finite; try a smaller --lr.*; "
     with pytest.raises(data.UserError, match="^epoch 3, " + message + "epoch 2 is saved$"):
         run(Settings(), "run", resume=True)
-    with pytest.raises(data.UserError, match="^epoch 1, " + message + "no epoch was saved$"):
+    with pytest.raises(data.UserError, match="^epoch 1, " + message + "no epoch is saved$"):
         run(short(batch_size=2), "new")
     assert Path("run/last.pt").read_bytes() == good and not Path("new/last.pt").exists()
 
@@ -639,7 +639,7 @@ def test_the_step_with_a_loss_that_is_not_finite_is_named(short, monkeypatch):
             return {"ce": term / 0 if len(calls) == 80 else term}
         return objective
     monkeypatch.setattr(train, "make_objective", broken)
-    with pytest.raises(data.UserError, match="^epoch 1, step 40 of 60, lr .*no epoch was saved$"):
+    with pytest.raises(data.UserError, match="^epoch 1, step 40 of 60, lr .*no epoch is saved$"):
         run(short(batch_size=2, dataset="folder", lr=1e-4, student="vit_nano", optimizer="sgd"),
             "run")
     assert len(calls) == 120 and not os.path.exists("run/last.pt")
