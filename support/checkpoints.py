@@ -215,17 +215,16 @@ def is_finite(model):
     return all(value.isfinite().all() for value in model.state_dict().values())
 
 
-def bound_of_chance(C):
-    """(top-1 in percent that chance may give with C classes, what that is called)."""
+def near_chance(C):
+    """A top-1 in percent that a network of C classes which has learnt little may have."""
     # Twice chance means nothing for 2 classes.
-    return min((200 / C, "twice chance"), (100 / C + 10, "ten points above chance"))
+    return min(200 / C, 100 / C + 10)
 
 
 def check_teacher(s, path, top1, C):
     """Raises UserError where a teacher is hardly better than chance. path: where it comes from;
     top1: its accuracy on the measured part, in percent; C: classes."""
-    advice = "" if s.teacher_checkpoint or s.dataset == "glyphs" else ", or more --epochs"
-    floor, words = bound_of_chance(C)
-    if not top1 > floor:
+    if not top1 > near_chance(C):
         raise UserError(f"{path}: the teacher has {top1:.2f} % {s.evaluate} top-1, no better than "
-                        f"{floor:.2f} % ({words}); give another --teacher-checkpoint{advice}")
+                        f"{near_chance(C):.2f} %, near chance; give another --teacher-checkpoint, "
+                        "or more --epochs where it is trained first")
