@@ -92,7 +92,7 @@ def mark_changes(ax, config, epochs):
     if config.get("schedule") != "step":
         return
     for before, after in zip(epochs, epochs[1:]):
-        if after["lr"] < 0.5 * before["lr"]:
+        if after.get("lr", math.nan) < 0.5 * before.get("lr", math.nan):
             ax.axvline(after["epoch"] - 0.5, color="grey", ls=":", lw=1,
                        label="learning rate falls")
 
