@@ -147,8 +147,9 @@ def ladders():
     found = {}
     for title, group in (("glyphs", "glyphs"), ("CIFAR-100", "cifar100")):
         with contextlib.suppress(UserError):
-            found[title] = read_rows(ROOT / "results" / group)
-    return {title: rows for title, rows in found.items() if KD in rows}
+            rows = read_rows(ROOT / "results" / group)
+            found |= {title: rows} if KD in rows else {}
+    return found
 
 
 # The rows of a ladder, in words.

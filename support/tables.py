@@ -22,8 +22,9 @@ TOUCH_NO_NUMBER = (*MAY_CHANGE_ON_RESUME, "teacher_checkpoint")
 # Settings in which the seeds of a row may differ.
 MAY_CHANGE_WITH_SEED = {"seed", "amp", *TOUCH_NO_NUMBER}
 # What rows must have in common to be compared. A row without a teacher goes with any teacher.
-COMPARABLE = ("data set", "images", "image size", "measured part", "student", "epochs", "teacher",
-              "teacher's weights")
+# images, teacher_digest: digests that env.json has of the images and of the teacher's weights.
+COMPARABLE = ("dataset", "images", "image_size", "evaluate", "student", "epochs", "teacher",
+              "teacher_digest")
 
 
 # --- Reading runs ---------------------------------------------------------------------------------
@@ -72,41 +73,37 @@ def find_runs(folder):
             for run in sorted(runs, key=in_order)]
 
 
-def identity(run, config, epochs):
-    """The values of COMPARABLE, in words. The digests of images and weights are those of
-    env.json. Raises UserError where that cannot be read."""
-    try:
-        env = json.loads((run / "env.json").read_text("utf-8"))
-        images, weights = env.get("data"), str(env.get("teacher_digest"))[:12]
-    except (OSError, ValueError, AttributeError) as error:
-        raise UserError(f"{run}: needs env.json as train.py writes it ({error})")
-    values = (config.get("dataset"), images, config.get("image_size"), config["evaluate"],
-              config.get("student"), len(epochs), config.get("teacher"), weights)
-    return tuple(map(in_words, values))
-
-
 def settings_of(config):
     """{name: value} of the settings that the seeds of a row must share."""
     return {name: value for name, value in config.items()
             if value is not None and name not in MAY_CHANGE_WITH_SEED}
 
 
+def digests_of(run):
+    """The digests in a run folder's env.json. Raises UserError where that cannot be read."""
+    try:
+        env = json.loads((run / "env.json").read_text("utf-8"))
+        return dict(images=env.get("data"), teacher_digest=str(env.get("teacher_digest"))[:12])
+    except (OSError, ValueError, AttributeError) as error:
+        raise UserError(f"{run}: needs env.json as train.py writes it ({error})")
+
+
 def make_rows(runs):
-    """(rows, {row: its identity}) of [(row, run folder, config, epochs)]. Raises UserError for a
-    row that mixes experiments, or has a seed twice."""
+    """(rows, {row: its values of COMPARABLE, in words}) of [(row, run folder, config, epochs)].
+    Raises UserError for a row that mixes experiments, or has a seed twice."""
     rows, identities, experiments = {}, {}, {}
     for name, run, config, epochs in runs:
         row, seed = rows.setdefault(name, {}), config.get("seed")
         if seed in row:
             raise UserError(f"{run} is a second run of seed {seed}; keep one")
-        about = identity(run, config, epochs)
-        mine = dict(zip(COMPARABLE, about)) | settings_of(config)
+        mine = settings_of(config) | digests_of(run) | dict(epochs=len(epochs))
         known = experiments.setdefault(name, mine)
-        different = [what for what in mine | known if mine.get(what) != known.get(what)]
+        different = [key for key in mine | known if mine.get(key) != known.get(key)]
         if different:
             raise UserError(f"{run.parent} mixes runs of different {different[0]}; keep "
                             "the seeds of one experiment in a folder")
-        identities[name], row[seed] = about, (config, epochs)
+        identities[name] = tuple(in_words(mine.get(key)) for key in COMPARABLE)
+        row[seed] = config, epochs
     return rows, identities
 
 
