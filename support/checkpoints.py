@@ -59,7 +59,14 @@ def load_model(path, name=None, data=None):
             raise UserError(f"{path}: has {C} classes, the data has {len(data.classes)}")
         if checkpoint.get("classes", data.classes) != data.classes:
             raise UserError(f"{path}: was trained on other classes than {data.classes[:3]}…")
-        check_image_size(path, checkpoint, name, size, data)
+        side = data.test[0].shape[-1]
+        with as_user_error(f"{path}: a {name} for {size} px, the images have {side}; give another "
+                           "checkpoint or --image-size; "):
+            # A student of train.py, which alone lists its classes, knows one size. The published
+            # networks are used at many.
+            if "classes" in checkpoint and size != side:
+                raise ValueError("it was trained at no other")
+            check_size(name, side, made_for=size)
         adapt_normalisation(path, checkpoint, model, data)
     return model.eval(), checkpoint
 
@@ -158,18 +165,6 @@ def build(path, name, size, state):
         raise UserError(f"{path}: {broken[0]} holds NaN or infinity; train it again, or give "
                         "another file")
     return model, C
-
-
-def check_image_size(path, checkpoint, name, size, data):
-    """Raises UserError where a network for `size` pixels cannot see the data's images."""
-    side = data.test[0].shape[-1]
-    with as_user_error(f"{path}: a {name} for {size} px, the images have {side}; give another "
-                 "checkpoint or --image-size; "):
-        # A student of train.py, which alone lists its classes, knows one size. The published
-        # networks are used at many.
-        if "classes" in checkpoint and size != side:
-            raise ValueError("it was trained at no other")
-        check_size(name, side, made_for=size)
 
 
 def adapt_normalisation(path, checkpoint, model, data):

@@ -28,16 +28,11 @@ PARTS = dict(test="test", val="validation")
 
 def columns(s):
     """Those of COLUMNS that a run with the settings s can have."""
-    absent = set()
-    if s.teacher is None:
-        absent |= {"loss_teacher", "swap_teacher_weak", "swap_teacher_strong", "swap_student"}
-    if s.views == "weak":
-        absent.add("swap_teacher_strong")
-    if not s.student_swap:
-        absent.add("loss_student")
-    if s.method != "mlkd":
-        absent |= {"loss_batch", "loss_class"}
-    return [column for column in COLUMNS if column[1] not in absent]
+    taught, mlkd = s.teacher is not None, s.method == "mlkd"
+    shown = dict(loss_teacher=taught, loss_student=s.student_swap, loss_batch=mlkd, loss_class=mlkd,
+                 swap_teacher_weak=taught, swap_teacher_strong=taught and s.views == "both",
+                 swap_student=taught)
+    return [column for column in COLUMNS if shown.get(column[1], True)]
 
 
 def legend(s):

@@ -91,7 +91,7 @@ def digests_of(run):
 def make_rows(runs):
     """(rows, {row: its values of COMPARABLE, in words}) of [(row, run folder, config, epochs)].
     Raises UserError for a row that mixes experiments, or has a seed twice."""
-    rows, identities, experiments = {}, {}, {}
+    rows, experiments = {}, {}
     for name, run, config, epochs in runs:
         row, seed = rows.setdefault(name, {}), config.get("seed")
         if seed in row:
@@ -102,9 +102,9 @@ def make_rows(runs):
         if different:
             raise UserError(f"{run.parent} mixes runs of different {different[0]}; keep "
                             "the seeds of one experiment in a folder")
-        identities[name] = tuple(in_words(mine.get(key)) for key in COMPARABLE)
         row[seed] = config, epochs
-    return rows, identities
+    return rows, {name: tuple(in_words(mine.get(key)) for key in COMPARABLE)
+                  for name, mine in experiments.items()}
 
 
 def read_groups(folder):
