@@ -115,6 +115,12 @@ TUNING_18 = {f"{name}-lr{lr:g}": f"{flags} --lr {lr:g} --epochs 18 --evaluate va
              + TEACHER.format("glyphs-val") * (name != "ce")
              for name, (flags, rates) in GRID_18.items() for lr in rates}
 
+# Real photographs and real ImageNet weights, which both have to be there: results/README.md says
+# where they come from.
+TRASHNET = "--dataset folder --data-dir data/trashnet --image-size 112"
+MOBILENET_GRID = {f"ce-lr{lr:g}": f"--method ce --student mobilenet_v2 --lr {lr:g} {TRASHNET} "
+                  "--evaluate val" for lr in (0.001, 0.003, 0.01, 0.03)}
+
 # {group: ({row: flags of train.py}, seeds)}
 GROUPS = {
     "glyphs": (ladder(TEACHER.format("glyphs")), range(5)),
@@ -150,6 +156,7 @@ GROUPS = {
     "published": ({row: f"--amp --dataset cifar100 --data-dir data/cifar100 --student resnet20 "
                         f"{flags} {PUBLISHED_TEACHER * (row != 'ce')}"
                    for row, flags in PUBLISHED.items()}, range(1)),
+    "photographs-teacher": (MOBILENET_GRID, range(1)),
     # A ViT teaches.
     "vit-teacher": (ladder(f"--teacher vit_nano {TEACHER.format('glyphs-vit')}", DEFAULTS[1:]),
                     range(3)),
