@@ -114,21 +114,18 @@ def same_experiment(path, s):
         return False
 
 
-def teacher_folder(s, data, pretrained, recipe):
-    """Where the teacher that is trained for the settings s is kept. The name says the images,
-    whether a validation part was held out, pretraining, and the epochs unless the recipe fixes
-    them."""
+def teacher_folder(s, data, mine):
+    """Where the teacher that is trained for the settings s, by its own settings `mine`, is kept.
+    The name says the images, whether a validation part was held out, pretraining and the epochs."""
     name = data_name(s) if data.area is None else f"{data_name(s)}-{s.image_size}px"
     if data.digests:
         # Two folders may share a name: their images tell them apart.
         name += f"-{data.digests[0]}"
     if data.held_out:
         name += "-val"
-    if pretrained:
+    if mine["pretrained"]:
         name += "-pretrained"
-    if not recipe:
-        name += f"-{s.epochs}-epochs"
-    return Path(f"runs/teacher-{name}-{s.teacher}")
+    return Path(f"runs/teacher-{name}-{mine['epochs']}-epochs-{s.teacher}")
 
 
 def reopen(given, run_dir, resolve):

@@ -71,7 +71,7 @@ def test_every_command_runs(easy_glyphs, colors, color_teacher, imagenet, publis
     assert kept in (ROOT / "train.py").read_text("utf-8")
     assert command(train, "--method", "ce", "--data-dir", easy_glyphs, "--student", "resnet14",
                    "--epochs", 3, "--lr", 0.1, "--batch-size", 16, "--run-dir",
-                   f"runs/teacher-glyphs-{glyphs.VERSION}-resnet14")[0] == 0
+                   f"runs/teacher-glyphs-{glyphs.VERSION}-12-epochs-resnet14")[0] == 0
     shorter = {"glyphs": ["--data-dir", easy_glyphs, "--epochs", 2],
                "cifar100": ["--data-dir", "cifar", "--epochs", 1, "--teacher-checkpoint",
                             "cifar100_resnet56.pth"],
@@ -94,7 +94,7 @@ def test_every_command_runs(easy_glyphs, colors, color_teacher, imagenet, publis
             assert words[1:] == ["-m", "pytest"]
             continue
         # In place of the teacher of the 47 classes, that of the three which these glyphs have.
-        words = [f"runs/teacher-glyphs-{glyphs.VERSION}-resnet14/last.pt"
+        words = [f"runs/teacher-glyphs-{glyphs.VERSION}-12-epochs-resnet14/last.pt"
                  if word == kept else word for word in words]
         script = train if words[1] == "train.py" else evaluation
         status, out, err = command(script, *words[2:], *extra)

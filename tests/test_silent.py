@@ -367,7 +367,7 @@ def test_the_cached_teacher_is_of_this_version_of_glyphs(easy_glyphs, command, m
     monkeypatch.setattr(train, "measure", lambda *a: evaluation.measure(*a) | dict(top1=60.0))
     flags = ("--data-dir", easy_glyphs, "--epochs", 1, "--device", "cpu", "--method", "kd")
     assert command(train, *flags)[0] == 0
-    assert Path(f"runs/teacher-glyphs-{glyphs.VERSION}-resnet14/last.pt").exists()
+    assert Path(f"runs/teacher-glyphs-{glyphs.VERSION}-1-epochs-resnet14/last.pt").exists()
 
 
 @pytest.mark.parametrize("teacher, recipe", [("resnet14", ("sgd", 0.2, 12, "weak")),
@@ -378,7 +378,7 @@ def test_the_teacher_of_glyphs_is_trained_by_a_recipe_of_its_kind(monkeypatch, t
     monkeypatch.setattr(train, "run", lambda settings, *a, **k: trained.append(settings))
     part = torch.zeros(64, 3, 16, 16, dtype=torch.uint8), torch.arange(64) % 47
     glyphs = data.Dataset(part, part, list("abc"), (0.5,), (0.5,), flip=False)
-    train.own_teacher(train.resolve(train.Settings(teacher=teacher)), glyphs)
+    train.own_teacher(train.resolve(train.Settings(teacher=teacher)), glyphs, torch.device("cpu"))
     (mine,) = trained
     mine = train.resolve(mine)
     assert (mine.student, mine.optimizer, mine.lr, mine.epochs, mine.views) == (teacher, *recipe)

@@ -139,6 +139,18 @@ def test_photographs_with_torchvisions_networks_are_fine_tuned():
     assert (mixed.pretrained, mixed.image_size, mixed.epochs) == (True, 224, 60)
 
 
+@pytest.mark.parametrize("given, networks", [
+    (dict(student="mobilenet_v2"), ("resnet50", "mobilenet_v2")),
+    (dict(student="mobilenet_v2", pretrained=False), ("resnet50", "mobilenet_v2")),
+    (dict(teacher="resnet18"), ("resnet18", "mobilenet_v3_small")),
+    (dict(student="resnet20"), ("resnet20", "resnet20")),
+    (dict(student="mobilenet_v2", dataset="cifar100"), ("resnet56", "mobilenet_v2"))])
+def test_a_network_for_photographs_has_a_partner_for_photographs(given, networks):
+    """Not a CIFAR ResNet, which would be trained on images of 224 pixels."""
+    s = resolve(Settings(**dict(method="kd", dataset="folder") | given))
+    assert (s.teacher, s.student) == networks
+
+
 def test_what_each_recipe_comes_to():
     """Against what was written down before the recipes became one table."""
     for given, expected in json.loads((ROOT / "tests/golden/recipes.json").read_text()):
@@ -437,10 +449,13 @@ def test_a_pretrained_teacher_and_student_on_photographs(colors, command, publis
     assert status == 0 and "top1" in out, err
     # A teacher is fine-tuned first, and is another one than without the weights.
     monkeypatch.setattr(train, "measure", lambda *a: dict(top1=60.0, top5=100.0, nll=1.0))
+    monkeypatch.setitem(train.RECIPES["pretrained", "sgd"], "teach", dict(epochs=1))
     for more, endings in (((), ["-pretrained"]), (["--no-pretrained"], ["", "-pretrained"])):
         status, out, err = command(train, *arguments, "--teacher", name, "--student", name, *more,
                                    "--method", "kd", "--batch-size", 32, "--epochs", 1)
         assert status == 0 and out.count(said) == (0 if more else 2), err
+        assert f"no {name} teacher for this data yet: training it first, in runs/teacher-" in out
+        assert ", which takes about 1 min\n" in out
         teachers = [path.name for path in data.Path("runs").glob("teacher-*")]
         # A digest of twelve figures comes before the ending.
         assert {path.split("-16px-")[1][12:] for path in teachers} == {
