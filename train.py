@@ -19,7 +19,7 @@ from data import DATASETS, batches, load
 from eval import measure, predict
 from models import check_size, create_model
 from support import console, distributed, recipes, runs
-from support.checkpoints import check_teacher, is_finite, load_model, weights_digest
+from support.checkpoints import check_teacher, is_finite, known_top1, load_model, weights_digest
 from support.compiled import compiled
 from support.cuda_graph import Recorded
 from support.devices import amp_by_default, keep_on, layout, mixed_precision, pick_device
@@ -351,10 +351,12 @@ def get_teacher(s, data, device):
         path, origin = s.teacher, "torchvision"
     else:
         path = origin = own_teacher(s, data, device)
-    teacher, _ = load_model(path, s.teacher, data)
+    teacher, saved = load_model(path, s.teacher, data)
     teacher.requires_grad_(False).to(device, memory_format=layout(device))
-    logits = predict(teacher, data.test[0], data.mean, data.std, who=origin)
-    top1 = measure(logits, data.test[1])["top1"]
+    top1 = known_top1(saved, s, data)
+    if top1 is None:
+        logits = predict(teacher, data.test[0], data.mean, data.std, who=origin)
+        top1 = measure(logits, data.test[1])["top1"]
     check_teacher(s, origin, top1, len(data.classes))
     print(f"teacher   {s.teacher} from {origin}: {top1:.2f} % {s.evaluate} top-1")
     teacher.top1 = top1
@@ -372,8 +374,7 @@ def own_teacher(s, data, device):
     if started:
         mine, how_long = dict(data_dir=s.data_dir, device=s.device), ""
     else:
-        network = create_model(s.teacher, len(data.classes), s.image_size)
-        how_long = f", {training_time(network, data, mine['epochs'], s.image_size, device)}"
+        how_long = f", which takes about {training_time(mine, data, device)} min"
     print(f"no {s.teacher} teacher for this data yet: {'going on with' if started else 'training'} "
           f"it first, in {folder}{how_long}\n(your own instead: --teacher-checkpoint FILE)\n")
     try:

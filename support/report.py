@@ -4,6 +4,7 @@ import time
 
 import torch
 
+from models import create_model
 from support.checkpoints import bound_of_chance
 
 
@@ -26,10 +27,11 @@ def cost(model, size):
                 milliseconds=1000 * min(times))
 
 
-def training_time(model, data, epochs, size, device):
-    """In words, how long a network takes to train on the device for so many epochs of a Dataset,
-    `size` pixels wide: reckoned from one step of a few images."""
-    model.to(device).train()
+def training_time(settings, data, device):
+    """In how many minutes, rounded up, train.py's settings {name: value} train a student on a
+    Dataset: reckoned from one step of a few images on the device."""
+    size = settings["image_size"]
+    model = create_model(settings["student"], len(data.classes), size).to(device).train()
     batch = torch.zeros(8 if device.type == "cpu" else 64, 3, size, size, device=device)
     for _ in range(2):
         # The first of the two only warms up.
@@ -37,8 +39,8 @@ def training_time(model, data, epochs, size, device):
         model(batch).sum().backward()
         # So that a GPU is waited for.
         next(model.parameters()).grad.cpu()
-    each = (time.perf_counter() - start) / len(batch)
-    return f"which takes about {math.ceil(each * epochs * len(data.train[1]) / 60)} min"
+    epoch = (time.perf_counter() - start) * len(data.train[1]) / len(batch)
+    return math.ceil(epoch * settings["epochs"] / 60)
 
 
 def comparison(teacher, student, C, part, device):

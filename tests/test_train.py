@@ -450,12 +450,17 @@ def test_a_pretrained_teacher_and_student_on_photographs(colors, command, publis
     # A teacher is fine-tuned first, and is another one than without the weights.
     monkeypatch.setattr(train, "measure", lambda *a: dict(top1=60.0, top5=100.0, nll=1.0))
     monkeypatch.setitem(train.RECIPES["pretrained", "sgd"], "teach", dict(epochs=1))
+    seen = []
+    monkeypatch.setattr(train, "predict", lambda *a, **k: seen.append(k) or evaluation.predict(*a))
     for more, endings in (((), ["-pretrained"]), (["--no-pretrained"], ["", "-pretrained"])):
         status, out, err = command(train, *arguments, "--teacher", name, "--student", name, *more,
                                    "--method", "kd", "--batch-size", 32, "--epochs", 1)
         assert status == 0 and out.count(said) == (0 if more else 2), err
         assert f"no {name} teacher for this data yet: training it first, in runs/teacher-" in out
         assert ", which takes about 1 min\n" in out
+        # The log of its own training says how good it is: no pass over the images for that.
+        assert f"-{name}/last.pt: 60.00 % test top-1" in out and seen == 2 * [{}]
+        seen.clear()
         teachers = [path.name for path in data.Path("runs").glob("teacher-*")]
         # A digest of twelve figures comes before the ending.
         assert {path.split("-16px-")[1][12:] for path in teachers} == {
