@@ -168,9 +168,12 @@ def one_line_errors(parser, place="the run folder"):
         drop_output()
         sys.exit(141)
     except UserError as error:
-        if rank:
-            # Most errors occur on every process: let the first one print, before torchrun ends it.
-            time.sleep(3)
+        try:
+            # Most errors occur on every process: let the first one print, before torchrun ends the
+            # others.
+            time.sleep(3 if rank else 0)
+        except KeyboardInterrupt:
+            sys.exit(130)
         parser.exit(2, f"{parser.prog}: {error}\n")
     except OSError as error:
         # A full disk, a folder without permission.
