@@ -11,6 +11,7 @@ import time
 import torch
 from tqdm import tqdm
 
+from support.devices import memory_is_full
 from support.distributed import process
 from support.errors import UserError
 from support.report import comparison
@@ -179,10 +180,12 @@ def one_line_errors(parser, place="the run folder"):
         # A full disk, a folder without permission.
         drop_output()
         parser.exit(2, f"{parser.prog}: {error.filename or place}: {error.strerror or error}\n")
-    except torch.OutOfMemoryError as error:
+    except (MemoryError, RuntimeError) as error:
+        if not memory_is_full(error):
+            raise
         # In training it is a UserError already. Here the images or the networks do not fit.
-        parser.exit(2, f"{parser.prog}: --device: the GPU's memory is full; end what else uses it, "
-                       f"or give --device cpu ({str(error).splitlines()[0]})\n")
+        parser.exit(2, f"{parser.prog}: --device: its memory is full; end what else uses it, or "
+                       f"give another ({''.join(str(error).splitlines()[:1])})\n")
     except KeyboardInterrupt as stop:
         if rank:
             sys.exit(130)

@@ -558,14 +558,24 @@ def test_a_full_gpu_names_the_batch_size_and_a_smaller_one(short, monkeypatch):
         run(short(), "run")
 
 
-def test_a_gpu_that_is_full_before_the_first_step_is_one_line(command, base, color_teacher,
-                                                              monkeypatch):
+@pytest.mark.parametrize("error, said", [
+    (torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20.00 MiB\nMore"), "20.00 MiB"),
+    # While another program fills the GPU, and as MPS and NumPy say it.
+    (RuntimeError("CUDA error: out of memory\nCUDA kernel errors might be"), "CUDA error"),
+    (RuntimeError("MPS backend out of memory (MPS allocated: 8.00 GB)"), "8.00 GB"),
+    (MemoryError(), "()")], ids=str)
+@pytest.mark.parametrize("where", ["keep_on", "begin"])
+def test_a_memory_that_is_full_before_the_first_step_is_one_line(command, base, color_teacher,
+                                                                 monkeypatch, where, error, said):
     def full(*a):
-        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20.00 MiB\nMore")
-    monkeypatch.setattr(train, "begin", full)
+        raise error
+    # As on a GPU, to which the images move.
+    monkeypatch.setattr(train, "pick_device", lambda name: torch.device("cuda"))
+    monkeypatch.setattr(train, "keep_on", lambda *a: None)
+    monkeypatch.setattr(train, where, full)
     status, _, err = command(train, *base, "--teacher-checkpoint", color_teacher)
     assert status == 2 and err.count("\n") == 1
-    assert "--device: the GPU's memory is full" in err and "20.00 MiB" in err
+    assert "--device: its memory is full" in err and said in err
 
 
 def test_mixed_precision_follows_float32(short):
