@@ -94,6 +94,14 @@ def print_epoch(s, data, history):
               f"{entropy:.4g}; try a tenth of --lr {s.lr:g}, or else a higher one", flush=True)
 
 
+def say_pretrained(s, C):
+    """Print that the network of a run starts from published weights, with C classes. In a run
+    without a teacher, which may train one for another run, it is not called the student."""
+    head = f", with a new last layer for {C} classes" if C != 1000 else ""
+    who = "student" if s.teacher else "network"
+    print(f"{who:10s}{s.student} from torchvision's ImageNet weights{head}")
+
+
 def introduce(s, data, learner, folder, drops, own):
     """Print what is about to be trained, on what, and what the lines of the epochs mean. drops,
     own: as for `in_words`."""
