@@ -315,11 +315,10 @@ def begin(s, data, device, saved, wrap_teacher):
     """The Learner of a run whose student is new, or is restored later from `saved`."""
     torch.manual_seed(s.seed)
     C, pretrained = len(data.classes), s.pretrained and s.student in TORCHVISION and not saved
-    with as_user_error("--student "):
+    with as_user_error("--student " if s.teacher else ""):
         student = create_model(s.student, C, s.image_size, pretrained)
     if pretrained:
-        head = f", with a new last layer for {C} classes" if C != 1000 else ""
-        print(f"student   {s.student} from torchvision's ImageNet weights{head}")
+        console.say_pretrained(s, C)
     teacher, digest = get_teacher(s, data, device) if s.teacher else (None, None)
     student.to(device, memory_format=layout(device))
     costs = teacher and [teacher.top1, *(cost(net, s.image_size) for net in (teacher, student))]

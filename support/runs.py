@@ -17,7 +17,7 @@ import filelock
 import torch
 
 from support.checkpoints import load_model
-from support.devices import environment
+from support.devices import environment, memory_is_full
 from support.distributed import by_the_first, process
 from support.errors import UserError
 from support.files import atomic_write, locked
@@ -294,8 +294,7 @@ def report_failure(s, folder, history):
         raise UserError(f"{folder}: cannot write epoch {len(history) + 1} "
                         f"({error.strerror or error}); {saved}")
     except (MemoryError, RuntimeError) as error:
-        full = isinstance(error, (MemoryError, torch.OutOfMemoryError))
-        if full or "allocate memory" in str(error):
+        if memory_is_full(error):
             raise UserError(f"--batch-size {s.batch_size}: the memory is full; try "
                             f"--batch-size {max(1, s.batch_size // 2)}")
         if world == 1:

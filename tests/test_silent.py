@@ -292,10 +292,12 @@ def test_printed_commands_are_quoted(command, colors, color_teacher, base):
     assert status == 0 and "python eval.py 'my run; rm x/last.pt'" in out
 
 
-def test_memory_that_is_full_is_one_line(command, base, color_teacher, monkeypatch):
+@pytest.mark.parametrize("said", [
+    "[enforce fail] DefaultCPUAllocator: can't allocate memory: you tried to allocate 9 bytes.",
+    "MPS backend out of memory (MPS allocated: 8.00 GB)", "CUDA error: CUBLAS_STATUS_ALLOC_FAILED"])
+def test_memory_that_is_full_is_one_line(command, base, color_teacher, monkeypatch, said):
     def full(*arguments, **more):
-        raise RuntimeError("[enforce fail] DefaultCPUAllocator: can't allocate memory: you tried "
-                           "to allocate 9 bytes.")
+        raise RuntimeError(said)
     monkeypatch.setattr(train, "train_epoch", full)
     refused(command(train, *base, "--teacher-checkpoint", color_teacher), "--batch-size 32")
 
