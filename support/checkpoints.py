@@ -273,7 +273,7 @@ def known_top1(checkpoint, s, data):
 def check_teacher(s, path, top1, C):
     """Raises UserError where a teacher is hardly better than chance. path: where it comes from;
     top1: its accuracy on the measured part, in percent; C: classes."""
-    advice = "" if s.teacher_checkpoint or s.dataset == "glyphs" else ", or more --epochs"
+    advice = "" if s.teacher_checkpoint or s.dataset.startswith("glyphs") else ", or more --epochs"
     floor, words = bound_of_chance(C)
     if not top1 > floor:
         raise UserError(f"{path}: the teacher has {top1:.2f} % {s.evaluate} top-1, no better than "
