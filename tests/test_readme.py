@@ -69,7 +69,7 @@ def test_every_command_runs(easy_glyphs, colors, color_teacher, imagenet, publis
                 image = Image.new("RGB", (32, 32), (k, 50, i))
                 image.save(tmp_path / f"cifar/{part}/{k:02d}/{i}.png")
     constant_teacher("resnet56", 100, "cifar100_resnet56.pth")
-    kept = "results/teachers/resnet14/seed0/best.pt"
+    kept = "results/teachers/resnet14/seed1000/best.pt"
     assert kept in (ROOT / "train.py").read_text("utf-8")
     assert command(train, "--method", "ce", "--data-dir", easy_glyphs, "--student", "resnet14",
                    "--epochs", 3, "--lr", 0.1, "--batch-size", 16, "--run-dir",
@@ -278,7 +278,7 @@ def test_the_sample_output_is_that_of_the_committed_run():
                      for name in re.findall(r"`([^` ]+)`", line)}
     last = rows[-1]["test_top1"], rows[-1]["best_top1"]
     assert f"last epoch {last[0]:.2f} %, best {last[1]:.2f} % (selected on test)" in sample
-    teacher = read_run(ROOT / "results/teachers/resnet14/seed0")[1][-1]["test_top1"]
+    teacher = read_run(ROOT / "results/teachers/resnet14/seed1000")[1][-1]["test_top1"]
     assert f"{teacher:.2f} % test top-1" in sample
     text = " ".join(README.split())
     wrong = rows[0]["swap_teacher_weak"]
