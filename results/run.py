@@ -33,12 +33,15 @@ from train import RECIPES  # noqa: E402
 TRASHNET = "--dataset folder --data-dir data/trashnet --image-size 112"
 # The teacher of the default experiment.
 ALONE = "--method ce --student resnet14 --epochs 12 --lr 0.2"
+MOBILENET = f"--method ce --student mobilenet_v2 {TRASHNET} --epochs 10"
 # {seed: {name: flags}} of the networks that teach. Those of seed 0 were trained on the very views
 # on which the students of seed 0 learn, and err less on them; hence the seed 1000 of later ones.
 TEACHERS = {
     0: {"glyphs": ALONE, "glyphs-val": f"{ALONE} --evaluate val",
         "glyphs-vit": "--method ce --student vit_nano --views both --epochs 64 --lr 0.001"},
-    1000: {"resnet14": ALONE, "resnet14-val": f"{ALONE} --evaluate val"},
+    1000: {"resnet14": ALONE, "resnet14-val": f"{ALONE} --evaluate val",
+           "trashnet": f"{MOBILENET} --lr 0.003",
+           "trashnet-val": f"{MOBILENET} --lr 0.003 --evaluate val"},
 }
 
 
@@ -132,8 +135,13 @@ TUNING_18 = {f"{name}-lr{lr:g}": f"{flags} --lr {lr:g} --epochs 18 --evaluate va
              + taught_by("resnet14-val") * (name != "ce")
              for name, (flags, rates) in GRID_18.items() for lr in rates}
 
-MOBILENET_GRID = {f"ce-lr{lr:g}": f"--method ce --student mobilenet_v2 --lr {lr:g} {TRASHNET} "
-                  "--evaluate val" for lr in (0.001, 0.003, 0.01, 0.03)}
+# Pretrained networks: rates of the teacher, and of each method for a smaller student of it.
+PHOTO_TEACHERS = {f"ce-lr{lr:g}": f"{MOBILENET} --evaluate val --lr {lr:g}"
+                  for lr in (0.001, 0.003, 0.01)}
+PHOTO_GRID = {"ce": (0.001, 0.003, 0.01), "kd": (0.001, 0.003, 0.01),
+              "sld": (0.0003, 0.001, 0.003), "mlkd": (0.0003, 0.001, 0.003),
+              "dkd": (0.0003, 0.001, 0.003), "rld": (0.0003, 0.001, 0.003)}
+
 
 # {group: ({row: flags of train.py}, seeds)}
 GROUPS = {
@@ -166,7 +174,12 @@ GROUPS = {
     "published": ({row: f"--amp --dataset cifar100 --data-dir data/cifar100 --student resnet20 "
                         f"{flags} {PUBLISHED_TEACHER * (row != 'ce')}"
                    for row, flags in PUBLISHED.items()}, range(1)),
-    "photographs-teacher": (MOBILENET_GRID, range(1)),
+    "photographs-teacher": (PHOTO_TEACHERS, range(1)),
+    "photographs-tuning": (
+        {f"{method}-lr{lr:g}": f"--method {method} --student squeezenet1_0 --lr {lr:g} {TRASHNET} "
+                               "--epochs 10 --evaluate val" + (method != "ce") * (
+                                   f" --teacher mobilenet_v2 {taught_by('trashnet-val')}")
+         for method, rates in PHOTO_GRID.items() for lr in rates}, range(1)),
     # A ViT teaches.
     "vit-teacher": (ladder(f"--teacher vit_nano {taught_by('glyphs-vit')}", DEFAULTS[1:]),
                     range(3)),
