@@ -19,14 +19,14 @@ from data import DATASETS, batches, load
 from eval import measure, predict
 from models import check_size, create_model
 from support import console, distributed, recipes, runs
-from support.checkpoints import check_teacher, is_finite, load_model, weights_digest
+from support.checkpoints import check_teacher, is_finite, known_top1, load_model, weights_digest
 from support.compiled import compiled
 from support.cuda_graph import Recorded
 from support.devices import amp_by_default, keep_on, layout, mixed_precision, pick_device
 from support.distributed import over_processes, process
 from support.errors import as_user_error
 from support.networks import TORCHVISION
-from support.report import cost
+from support.report import cost, training_time
 from support.settings import DEVICES, check_run, check_values, make_parser, setting
 from support.tables import is_finished, read_run
 from swap import misclassified
@@ -116,17 +116,20 @@ RECIPES = {
         warmup=24, weight_decay=0.05, drops=(150, 180, 210), gamma=150, kd_warmup=20, of=240),
     # Not tuned on real photographs.
     ("pretrained", "sgd"): dict(
-        teacher="resnet20", student="resnet8", epochs=10, batch_size=64, weight_decay=1e-4,
-        lr=dict(ce=0.03, kd=0.01, sld=0.003, dkd=0.003, rld=0.003, mlkd=0.003), schedule="cosine",
-        warmup=24, drops=(150, 180, 210), gamma=150, kd_warmup=20, of=240),
+        teacher="resnet50", student="mobilenet_v3_small", epochs=10, batch_size=64,
+        lr=dict(ce=0.03, kd=0.01, sld=0.003, dkd=0.003, rld=0.003, mlkd=0.003), weight_decay=1e-4,
+        schedule="cosine", warmup=24, drops=(150, 180, 210), gamma=150, kd_warmup=20, of=240,
+        teach=dict(epochs=10)),
     ("pretrained", "adamw"): dict(
-        teacher="resnet20", student="resnet8", epochs=10, batch_size=64, lr=1e-4, schedule="cosine",
-        warmup=24, weight_decay=0.05, drops=(150, 180, 210), gamma=150, kd_warmup=20, of=240),
+        teacher="resnet50", student="mobilenet_v3_small", epochs=10, batch_size=64, lr=1e-4,
+        schedule="cosine", warmup=24, weight_decay=0.05, drops=(150, 180, 210), gamma=150,
+        kd_warmup=20, of=240, teach=dict(epochs=10)),
 }
-RECIPES |= {("cifar10", kind): RECIPES["cifar100", kind] for kind in ("sgd", "adamw")}
+RECIPES |= {(name, kind): RECIPES[like, kind] for kind in ("sgd", "adamw")
+            for name, like in (("cifar10", "cifar100"), ("glyphs-noisy", "glyphs"))}
 # Teachers that are in this repository, for the part that is measured: a validation part is taken
 # from the images on which this one was trained. The config.json beside it says how it was made.
-TEACHERS = {("glyphs", "resnet14", "test"): "results/teachers/resnet14/seed0/best.pt"}
+TEACHERS = {("glyphs", "resnet14", "test"): "results/teachers/resnet14/seed1000/best.pt"}
 
 
 def learning_rate(s, done):
@@ -313,11 +316,10 @@ def begin(s, data, device, saved, wrap_teacher):
     """The Learner of a run whose student is new, or is restored later from `saved`."""
     torch.manual_seed(s.seed)
     C, pretrained = len(data.classes), s.pretrained and s.student in TORCHVISION and not saved
-    with as_user_error("--student "):
+    with as_user_error("--student " if s.teacher else ""):
         student = create_model(s.student, C, s.image_size, pretrained)
     if pretrained:
-        head = f", with a new last layer for {C} classes" if C != 1000 else ""
-        print(f"student   {s.student} from torchvision's ImageNet weights{head}")
+        console.say_pretrained(s, C)
     teacher, digest = get_teacher(s, data, device) if s.teacher else (None, None)
     student.to(device, memory_format=layout(device))
     costs = teacher and [teacher.top1, *(cost(net, s.image_size) for net in (teacher, student))]
@@ -348,34 +350,33 @@ def get_teacher(s, data, device):
     elif s.dataset == "imagenet" and s.teacher in TORCHVISION:
         path, origin = s.teacher, "torchvision"
     else:
-        path = origin = own_teacher(s, data)
-    teacher, _ = load_model(path, s.teacher, data)
+        path = origin = own_teacher(s, data, device)
+    teacher, saved = load_model(path, s.teacher, data)
     teacher.requires_grad_(False).to(device, memory_format=layout(device))
-    logits = predict(teacher, data.test[0], data.mean, data.std, who=origin)
-    top1 = measure(logits, data.test[1])["top1"]
+    top1 = known_top1(saved, s, data)
+    if top1 is None:
+        logits = predict(teacher, data.test[0], data.mean, data.std, who=origin)
+        top1 = measure(logits, data.test[1])["top1"]
     check_teacher(s, origin, top1, len(data.classes))
     print(f"teacher   {s.teacher} from {origin}: {top1:.2f} % {s.evaluate} top-1")
     teacher.top1 = top1
     return teacher, weights_digest(teacher)
 
 
-def own_teacher(s, data):
+def own_teacher(s, data, device):
     """The last.pt of this data's own teacher, which is trained first, or finished. Without `teach`
     in its recipe it trains as many epochs as the student."""
-    pretrained = s.pretrained if s.teacher in TORCHVISION else None
-    recipe = RECIPES[s.dataset, recipes.optimizer_of(s.teacher)].get("teach")
-    folder = runs.teacher_folder(s, data, pretrained, recipe)
+    mine = recipes.of_teacher(s, RECIPES, len(data.train[1]))
+    folder = runs.teacher_folder(s, data, mine)
     started = (folder / "config.json").exists()
     if (folder / "metrics.jsonl").exists() and is_finished(*read_run(folder)):
         return folder / "last.pt"
-    mine = dict(data_dir=s.data_dir, device=s.device)
-    if not started:
-        batch_size = min(recipes.row_of(s, RECIPES)["batch_size"], len(data.train[1]))
-        mine |= dict(method="ce", dataset=s.dataset, image_size=s.image_size, student=s.teacher,
-                     evaluate=s.evaluate, amp=s.amp, batch_size=batch_size, pretrained=pretrained,
-                     **recipe or dict(epochs=s.epochs))
+    if started:
+        mine, how_long = dict(data_dir=s.data_dir, device=s.device), ""
+    else:
+        how_long = f", which takes about {training_time(mine, data, device)} min"
     print(f"no {s.teacher} teacher for this data yet: {'going on with' if started else 'training'} "
-          f"it first, in {folder}\n(your own instead: --teacher-checkpoint FILE)\n")
+          f"it first, in {folder}{how_long}\n(your own instead: --teacher-checkpoint FILE)\n")
     try:
         run(Settings(**mine), folder, resume=started)
     except KeyboardInterrupt:

@@ -11,6 +11,7 @@ import time
 import torch
 from tqdm import tqdm
 
+from support.devices import memory_is_full
 from support.distributed import process
 from support.errors import UserError
 from support.report import comparison
@@ -88,6 +89,14 @@ def print_epoch(s, data, history):
               f"{entropy:.4g}; try a tenth of --lr {s.lr:g}, or else a higher one", flush=True)
 
 
+def say_pretrained(s, C):
+    """Print that the network of a run starts from published weights, with C classes. In a run
+    without a teacher, which may train one for another run, it is not called the student."""
+    head = f", with a new last layer for {C} classes" if C != 1000 else ""
+    who = "student" if s.teacher else "network"
+    print(f"{who:10s}{s.student} from torchvision's ImageNet weights{head}")
+
+
 def introduce(s, data, learner, folder, drops, own):
     """Print what is about to be trained, on what, and what the lines of the epochs mean. drops,
     own: as for `in_words`."""
@@ -161,18 +170,23 @@ def one_line_errors(parser):
         drop_output()
         sys.exit(141)
     except UserError as error:
-        if rank:
-            # Most errors occur on every process: let the first one print, before torchrun ends it.
-            time.sleep(3)
+        try:
+            # Most errors occur on every process: let the first one print, before torchrun ends the
+            # others.
+            time.sleep(3 if rank else 0)
+        except KeyboardInterrupt:
+            sys.exit(130)
         parser.exit(2, f"{parser.prog}: {error}\n")
     except OSError as error:
         # A full disk, a folder without permission.
         drop_output()
         parser.exit(2, f"{parser.prog}: {UserError(error)}\n")
-    except torch.OutOfMemoryError as error:
+    except (MemoryError, RuntimeError) as error:
+        if not memory_is_full(error):
+            raise
         # In training it is a UserError already. Here the images or the networks do not fit.
-        parser.exit(2, f"{parser.prog}: --device: the GPU's memory is full; end what else uses it, "
-                       f"or give --device cpu ({str(error).splitlines()[0]})\n")
+        parser.exit(2, f"{parser.prog}: --device: its memory is full; end what else uses it, or "
+                       f"give another ({''.join(str(error).splitlines()[:1])})\n")
     except KeyboardInterrupt as stop:
         if rank:
             sys.exit(130)

@@ -61,6 +61,13 @@ def mixed_precision(device, on):
     return torch.autocast(device.type, dtype, enabled=on), scaler
 
 
+def memory_is_full(error):
+    """Whether that is why a device, or Python, raised this error. It has a type of its own only
+    where PyTorch itself keeps a GPU's memory: not on MPS, nor while another program fills a GPU."""
+    return isinstance(error, (MemoryError, torch.OutOfMemoryError)) or bool(
+        re.search("out of memory|allocate memory|ALLOC_FAILED", str(error)))
+
+
 def environment(device):
     """Where a run was made: versions, processor or GPU, threads, commit and command."""
     # The full hash, and -dirty where the files differ from it.

@@ -29,6 +29,18 @@ def _key(dataset, optimizer, student, pretrained):
     return dataset, optimizer
 
 
+def of_teacher(s, table, n):
+    """{setting: value} with which the teacher of the settings s is trained, on n images. Its seed
+    is not a student's: views follow from the seed, and on the very views of its own training a
+    teacher errs less than on others."""
+    row = table[_key(s.dataset, optimizer_of(s.teacher), s.teacher, s.pretrained)]
+    return dict(
+        method="ce", dataset=s.dataset, data_dir=s.data_dir, image_size=s.image_size,
+        student=s.teacher, pretrained=s.pretrained if s.teacher in TORCHVISION else None,
+        seed=1000, evaluate=s.evaluate, amp=s.amp, device=s.device, epochs=s.epochs,
+        batch_size=min(row["batch_size"], n)) | row.get("teach", {})
+
+
 def drops(s, table):
     """The epochs after which the schedule "step" goes down."""
     row = row_of(s, table)
@@ -56,9 +68,11 @@ def resolve(s, table, views):
     given = check_values(s)
     method, dataset = given.get("method", "sld"), given.get("dataset", "glyphs")
     refuse_foreign(given, method)
-    sizes = table[_key(dataset, "sgd", None, False)]
-    networks = {role: given.get(role, sizes[role]) for role in ("student", "teacher")
-                if role == "student" or method != "ce"}
+    roles = ("student",) if method == "ce" else ("student", "teacher")
+    # For photographs a network of torchvision has a partner from torchvision.
+    theirs = dataset == "folder" and any(given.get(role) in TORCHVISION for role in roles)
+    partners = table["pretrained" if theirs else dataset, "sgd"]
+    networks = {role: given.get(role, partners[role]) for role in roles}
     for role, name in networks.items():
         with as_user_error(f"{flag(role)} "):
             check_name(name)

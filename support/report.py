@@ -1,8 +1,10 @@
 """What is said of a student beside its teacher, and of the images that a network misreads."""
+import math
 import time
 
 import torch
 
+from models import create_model
 from support.checkpoints import near_chance
 
 
@@ -23,6 +25,22 @@ def cost(model, size):
     return dict(parameters=sum(p.numel() for p in model.parameters()),
                 megabytes=sum(v.nbytes for v in model.state_dict().values()) / 1e6,
                 milliseconds=1000 * min(times))
+
+
+def training_time(settings, data, device):
+    """In how many minutes, rounded up, train.py's settings {name: value} train a student on a
+    Dataset: reckoned from one step of a few images on the device."""
+    size = settings["image_size"]
+    model = create_model(settings["student"], len(data.classes), size).to(device).train()
+    batch = torch.zeros(8 if device.type == "cpu" else 64, 3, size, size, device=device)
+    for _ in range(2):
+        # The first of the two only warms up.
+        start = time.perf_counter()
+        model(batch).sum().backward()
+        # So that a GPU is waited for.
+        next(model.parameters()).grad.cpu()
+    epoch = (time.perf_counter() - start) * len(data.train[1]) / len(batch)
+    return math.ceil(epoch * settings["epochs"] / 60)
 
 
 def comparison(teacher, student, C, part, device):

@@ -16,7 +16,7 @@ import filelock
 import torch
 
 from support.checkpoints import load_model
-from support.devices import environment
+from support.devices import environment, memory_is_full
 from support.distributed import by_the_first, process
 from support.errors import UserError
 from support.files import atomic_write, locked
@@ -106,21 +106,18 @@ def free_folder(s, lock):
                 return take(folder, lock)
 
 
-def teacher_folder(s, data, pretrained, recipe):
-    """Where the teacher that is trained for the settings s is kept. The name says the images,
-    whether a validation part was held out, pretraining, and the epochs unless the recipe fixes
-    them."""
+def teacher_folder(s, data, mine):
+    """Where the teacher that is trained for the settings s, by its own settings `mine`, is kept.
+    The name says the images, whether a validation part was held out, pretraining and the epochs."""
     name = data_name(s) if data.area is None else f"{data_name(s)}-{s.image_size}px"
     if data.digests:
         # Two folders may share a name: their images tell them apart.
         name += f"-{data.digests[0]}"
     if data.held_out:
         name += "-val"
-    if pretrained:
+    if mine["pretrained"]:
         name += "-pretrained"
-    if not recipe:
-        name += f"-{s.epochs}-epochs"
-    return Path(f"runs/teacher-{name}-{s.teacher}")
+    return Path(f"runs/teacher-{name}-{mine['epochs']}-epochs-{s.teacher}")
 
 
 def reopen(given, run_dir, resolve):
@@ -282,7 +279,7 @@ def report_failure(s, folder, history):
         raise UserError(f"{folder}: cannot write epoch {len(history) + 1} "
                         f"({error.strerror or error}); {saved(go_on)}")
     except (MemoryError, RuntimeError) as error:
-        if isinstance(error, MemoryError) or "allocate" in str(error):
+        if memory_is_full(error):
             raise UserError(f"--batch-size {s.batch_size}: the memory is full; try "
                             f"--batch-size {max(1, s.batch_size // 2)}")
         if world == 1:

@@ -58,7 +58,7 @@ def small(tmp_path, monkeypatch):
     parts = [*glyphs.render(300, seed=1), *glyphs.render(150, seed=2)]
     parts[3][:20] = 0
     teacher = create_model("resnet14", 47)
-    folder = tmp_path / f"runs/teacher-glyphs-{glyphs.VERSION}-resnet14"
+    folder = tmp_path / f"runs/teacher-glyphs-{glyphs.VERSION}-12-epochs-resnet14"
     torch.nn.init.normal_(teacher.fc.weight, std=0.05)
     torch.nn.init.constant_(teacher.fc.bias[:1], 3)
     folder.mkdir(parents=True)

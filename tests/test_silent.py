@@ -292,10 +292,12 @@ def test_printed_commands_are_quoted(command, colors, color_teacher, base):
     assert status == 0 and "python eval.py 'my run; rm x/last.pt'" in out
 
 
-def test_memory_that_is_full_is_one_line(command, base, color_teacher, monkeypatch):
+@pytest.mark.parametrize("said", [
+    "[enforce fail] DefaultCPUAllocator: can't allocate memory: you tried to allocate 9 bytes.",
+    "MPS backend out of memory (MPS allocated: 8.00 GB)", "CUDA error: CUBLAS_STATUS_ALLOC_FAILED"])
+def test_memory_that_is_full_is_one_line(command, base, color_teacher, monkeypatch, said):
     def full(*arguments, **more):
-        raise RuntimeError("[enforce fail] DefaultCPUAllocator: can't allocate memory: you tried "
-                           "to allocate 9 bytes.")
+        raise RuntimeError(said)
     monkeypatch.setattr(train, "train_epoch", full)
     refused(command(train, *base, "--teacher-checkpoint", color_teacher), "--batch-size 32")
 
@@ -369,7 +371,7 @@ def test_the_cached_teacher_is_of_this_version_of_glyphs(easy_glyphs, command, m
     monkeypatch.setattr(train, "measure", lambda *a: evaluation.measure(*a) | dict(top1=60.0))
     flags = ("--data-dir", easy_glyphs, "--epochs", 1, "--device", "cpu", "--method", "kd")
     assert command(train, *flags)[0] == 0
-    assert Path(f"runs/teacher-glyphs-{glyphs.VERSION}-resnet14/last.pt").exists()
+    assert Path(f"runs/teacher-glyphs-{glyphs.VERSION}-1-epochs-resnet14/last.pt").exists()
 
 
 @pytest.mark.parametrize("teacher, recipe", [("resnet14", ("sgd", 0.2, 12, "weak")),
@@ -380,7 +382,7 @@ def test_the_teacher_of_glyphs_is_trained_by_a_recipe_of_its_kind(monkeypatch, t
     monkeypatch.setattr(train, "run", lambda settings, *a, **k: trained.append(settings))
     part = torch.zeros(64, 3, 16, 16, dtype=torch.uint8), torch.arange(64) % 47
     glyphs = data.Dataset(part, part, list("abc"), (0.5,), (0.5,), flip=False)
-    train.own_teacher(train.resolve(train.Settings(teacher=teacher)), glyphs)
+    train.own_teacher(train.resolve(train.Settings(teacher=teacher)), glyphs, torch.device("cpu"))
     (mine,) = trained
     mine = train.resolve(mine)
     assert (mine.student, mine.optimizer, mine.lr, mine.epochs, mine.views) == (teacher, *recipe)

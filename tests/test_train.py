@@ -136,6 +136,18 @@ def test_photographs_with_torchvisions_networks_are_fine_tuned():
     assert (mixed.pretrained, mixed.image_size, mixed.epochs) == (True, 224, 60)
 
 
+@pytest.mark.parametrize("given, networks", [
+    (dict(student="mobilenet_v2"), ("resnet50", "mobilenet_v2")),
+    (dict(student="mobilenet_v2", pretrained=False), ("resnet50", "mobilenet_v2")),
+    (dict(teacher="resnet18"), ("resnet18", "mobilenet_v3_small")),
+    (dict(student="resnet20"), ("resnet20", "resnet20")),
+    (dict(student="mobilenet_v2", dataset="cifar100"), ("resnet56", "mobilenet_v2"))])
+def test_a_network_for_photographs_has_a_partner_for_photographs(given, networks):
+    """Not a CIFAR ResNet, which would be trained on images of 224 pixels."""
+    s = resolve(Settings(**dict(method="kd", dataset="folder") | given))
+    assert (s.teacher, s.student) == networks
+
+
 def test_what_each_recipe_comes_to():
     """Against what was written down before the recipes became one table."""
     for given, expected in json.loads((ROOT / "tests/golden/recipes.json").read_text()):
@@ -150,7 +162,7 @@ def test_glyphs_has_tuned_rates_and_the_other_data_sets_the_published_ones():
     methods = ("ce", "kd", "sld", "dkd", "rld", "mlkd")
     rates = {name: [resolve(Settings(method=method, dataset=name)).lr for method in methods]
              for name in data.DATASETS}
-    assert rates.pop("glyphs") == [0.4, 0.4, 0.1, 0.05, 0.1, 0.1]
+    assert rates.pop("glyphs") == rates.pop("glyphs-noisy") == [0.4, 0.4, 0.1, 0.05, 0.1, 0.1]
     assert rates.pop("imagenet") == [0.2] * 6
     assert set(map(tuple, rates.values())) == {(0.05, 0.05, 0.025, 0.05, 0.05, 0.025)}
     assert {resolve(Settings(dataset=name)).schedule for name in rates} == {"step"}
@@ -424,8 +436,8 @@ def test_a_pretrained_teacher_and_student_on_photographs(colors, command, publis
     status, out, err = command(train, *arguments, "--method", "ce", "--student", name, "--lr", 1e-9,
                                "--epochs", 1, "--run-dir", "ce")
     assert status == 0, err
-    said = f"student   {name} from torchvision's ImageNet weights, with a new last layer for 3"
-    assert said in out
+    said = f"   {name} from torchvision's ImageNet weights, with a new last layer for 3"
+    assert f"network{said}" in out
     trained = torch.load("ce/last.pt", weights_only=True)["model"]
     weights = [key for key in state if key.endswith("weight") and not key.startswith("fc")]
     assert all(torch.allclose(trained[key], state[key], atol=1e-6) for key in weights)
@@ -434,24 +446,37 @@ def test_a_pretrained_teacher_and_student_on_photographs(colors, command, publis
     assert status == 0 and "top1" in out, err
     # A teacher is fine-tuned first, and is another one than without the weights.
     monkeypatch.setattr(train, "measure", lambda *a: dict(top1=60.0, top5=100.0, nll=1.0))
+    monkeypatch.setitem(train.RECIPES["pretrained", "sgd"], "teach", dict(epochs=1))
+    seen = []
+    monkeypatch.setattr(train, "predict", lambda *a, **k: seen.append(k) or evaluation.predict(*a))
     for more, endings in (((), ["-pretrained"]), (["--no-pretrained"], ["", "-pretrained"])):
         status, out, err = command(train, *arguments, "--teacher", name, "--student", name, *more,
                                    "--method", "kd", "--batch-size", 32, "--epochs", 1)
-        assert status == 0 and out.count(said) == (0 if more else 2), err
+        # While the teacher trains, nothing is called the student.
+        assert status == 0 and out.count(f"network{said}") == (not more), err
+        assert out.count(f"student{said}") == (not more)
+        assert f"no {name} teacher for this data yet: training it first, in runs/teacher-" in out
+        assert ", which takes about 1 min\n" in out
+        # The log of its own training says how good it is: no pass over the images for that.
+        assert f"-{name}/last.pt: 60.00 % test top-1" in out and seen == 2 * [{}]
+        seen.clear()
         teachers = [path.name for path in data.Path("runs").glob("teacher-*")]
         # A digest of twelve figures comes before the ending.
         assert {path.split("-16px-")[1][12:] for path in teachers} == {
             f"{ending}-1-epochs-{name}" for ending in endings}
 
 
-def test_missing_weights_are_said_before_anything_is_trained(colors, command, published):
+@pytest.mark.parametrize("role, culprit", [("--student", "--student "), ("--teacher", "")])
+def test_missing_weights_are_said_before_anything_is_trained(colors, command, published, role,
+                                                             culprit):
     published("shufflenet_v2_x0_5")
-    status, out, err = command(train, "--dataset", "folder", "--data-dir", colors, "--student",
-                               "mobilenet_v3_small", "--teacher", "shufflenet_v2_x0_5",
+    other = {"--student": "--teacher", "--teacher": "--student"}[role]
+    status, out, err = command(train, "--dataset", "folder", "--data-dir", colors, role,
+                               "mobilenet_v3_small", other, "shufflenet_v2_x0_5",
                                "--image-size", 32, "--device", "cpu")
     # torch's own line about the download may come before.
     *_, line = err.splitlines()
-    said = "train.py: --student mobilenet_v3_small: cannot load mobilenet_v3_small-047dcff4.pth"
+    said = f"train.py: {culprit}mobilenet_v3_small: cannot load mobilenet_v3_small-047dcff4.pth"
     assert status == 2 and line.startswith(said) and "Traceback" not in err
     assert "hub/checkpoints" in line and not data.Path("runs").exists()
 
@@ -488,7 +513,8 @@ def test_the_default_run_says_what_it_minimises(easy_glyphs, command):
     status, out, err = command(train, "--method", "ce", "--student", "resnet14", "--data-dir",
                                easy_glyphs, "--epochs", 3, "--lr", 0.1, "--batch-size", 16,
                                "--run-dir", "teacher")
-    assert status == 0, err
+    # As while train.py trains a teacher first: nothing of a student, nor of swaps.
+    assert status == 0 and "student" not in out and "swap" not in out, err
     status, out, err = command(train, "--method", "sld", "--data-dir", easy_glyphs, "--epochs", 2,
                                "--teacher-checkpoint", "teacher/last.pt")
     assert status == 0, err
@@ -540,14 +566,24 @@ def test_a_full_gpu_names_the_batch_size_and_a_smaller_one(short, monkeypatch):
         run(short(), "run")
 
 
-def test_a_gpu_that_is_full_before_the_first_step_is_one_line(command, base, color_teacher,
-                                                              monkeypatch):
+@pytest.mark.parametrize("error, said", [
+    (torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20.00 MiB\nMore"), "20.00 MiB"),
+    # While another program fills the GPU, and as MPS and NumPy say it.
+    (RuntimeError("CUDA error: out of memory\nCUDA kernel errors might be"), "CUDA error"),
+    (RuntimeError("MPS backend out of memory (MPS allocated: 8.00 GB)"), "8.00 GB"),
+    (MemoryError(), "()")], ids=str)
+@pytest.mark.parametrize("where", ["keep_on", "begin"])
+def test_a_memory_that_is_full_before_the_first_step_is_one_line(command, base, color_teacher,
+                                                                 monkeypatch, where, error, said):
     def full(*a):
-        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20.00 MiB\nMore")
-    monkeypatch.setattr(train, "begin", full)
+        raise error
+    # As on a GPU, to which the images move.
+    monkeypatch.setattr(train, "pick_device", lambda name: torch.device("cuda"))
+    monkeypatch.setattr(train, "keep_on", lambda *a: None)
+    monkeypatch.setattr(train, where, full)
     status, _, err = command(train, *base, "--teacher-checkpoint", color_teacher)
     assert status == 2 and err.count("\n") == 1
-    assert "--device: the GPU's memory is full" in err and "20.00 MiB" in err
+    assert "--device: its memory is full" in err and said in err
 
 
 def test_mixed_precision_follows_float32(short):

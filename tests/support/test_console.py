@@ -98,6 +98,20 @@ def test_a_file_shows_what_is_printed_at_once(command, colors, monkeypatch):
     assert "minimise  CE(label)" in first and second.splitlines()[-1].startswith("    1 ")
 
 
+def test_the_other_processes_end_without_a_word_where_the_first_has_said_it(command, monkeypatch):
+    """torchrun ends them while they wait for it."""
+    def ended(seconds):
+        if seconds:
+            raise KeyboardInterrupt
+    monkeypatch.setattr(console.time, "sleep", ended)
+    flags = "--dataset", "folder", "--data-dir", "nowhere"
+    monkeypatch.setenv("RANK", "1")
+    assert command(train, *flags) == (130, "", "")
+    monkeypatch.setenv("RANK", "0")
+    status, _, err = command(train, *flags)
+    assert status == 2 and "--data-dir nowhere: no such folder" in err
+
+
 @pytest.fixture
 def clock(monkeypatch):
     """clock(seconds) puts the time of `progress` forward."""

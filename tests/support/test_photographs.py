@@ -246,7 +246,8 @@ def test_val_beside_test_is_for_evaluate_val(colors, tmp_path, monkeypatch, name
     assert (len(measured.train[1]), len(measured.test[1])) == ((108, 12) if held_out else (120, 7))
     # A teacher that was trained on all training images is no teacher for a tenth of them.
     s = train.resolve(train.Settings(dataset=name, data_dir=str(root), evaluate="val"))
-    folders = [str(runs.teacher_folder(s, part, False, None)) for part in (test, measured)]
+    mine = dict(pretrained=None, epochs=1)
+    folders = [str(runs.teacher_folder(s, part, mine)) for part in (test, measured)]
     assert ("-val" in folders[1]) == held_out == (folders[0] != folders[1])
 
 

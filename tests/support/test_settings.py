@@ -1,10 +1,14 @@
 """A slip of the hand is answered with the word that was meant."""
+import dataclasses
+import re
+
 import pytest
 from test_bad_input import refused
 
 import eval as evaluation
 import train
 from support.errors import UserError
+from support.settings import GROUPS
 
 
 @pytest.mark.parametrize("arguments, answer", [
@@ -37,6 +41,16 @@ def test_slips_on_the_way_to_train(command, arguments, answer):
     ("x.pt --export y.onnx --predict z.png", "--export: has no effect with --predict")])
 def test_slips_on_the_way_to_eval(command, arguments, answer):
     refused(command(evaluation, *arguments.split()), answer)
+
+
+def test_help_is_in_groups_and_has_examples(command):
+    status, out, _ = command(train, "--help")
+    titles = [line for line in out.splitlines() if re.fullmatch("[a-z ]+:", line)]
+    assert status == 0 and titles == ["examples:", "options:", *(f"{g}:" for g in GROUPS)]
+    # Every flag once, also one of a field that somebody has added.
+    flags = re.findall(r"^  (--[a-z-]+)", out, re.M)
+    fields = (field.name.replace("_", "-") for field in dataclasses.fields(train.Settings))
+    assert sorted(flags) == sorted(["--run-dir", "--resume", *(f"--{name}" for name in fields)])
 
 
 def test_a_notebook_is_answered_too():
@@ -98,7 +112,7 @@ def test_a_new_objective_with_a_rate_of_its_own(objective, monkeypatch):
 
 
 @pytest.mark.parametrize("function, answer", [
-    (lambda z_s, z_t, y, *, sharpness=2.0: {}, "takes sharpness, which is no field of train."),
+    (lambda z_s, z_t, y, *, nobodys=2.0: {}, "takes nobodys, which is no field of train."),
     (lambda z_s, z_t, y, *, beta: {}, "beta has no default in losses.py")])
 def test_a_step_of_the_readme_that_was_forgotten(objective, command, function, answer):
     objective(function)
