@@ -284,7 +284,7 @@ def test_the_sample_output_is_that_of_the_committed_run():
     wrong = rows[0]["swap_teacher_weak"]
     assert f"So {wrong:.2f} % wrong and {teacher:.2f} % right belong to one teacher" in text
     minutes = sum(row["seconds"] for row in rows) / 60
-    assert f"It took {minutes:.1f} minutes (float32, two cores of an Intel Xeon)" in text
+    assert f"Training took {minutes:.1f} minutes (float32, two cores of an Intel Xeon)" in text
     env = json.loads((ROOT / "results/default-run/sld/seed0/env.json").read_text("utf-8"))
     assert (env["device_name"], env["threads"]) == ("Intel(R) Xeon(R) Processor", 2)
 
