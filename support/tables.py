@@ -38,7 +38,8 @@ def read_run(folder):
     """(config, epochs) of a run folder. Raises UserError where its files are not train.py's."""
     folder = Path(folder)
     try:
-        config = json.loads((folder / "config.json").read_text())
+        # The oldest runs had no validation part.
+        config = {"evaluate": "test"} | json.loads((folder / "config.json").read_text())
         epochs = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
         numbers = [config[k] for k in ("epochs", "gamma", "seed") if config.get(k) is not None]
         for row in epochs:
