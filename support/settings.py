@@ -47,11 +47,13 @@ def flag(name):
 
 
 class Parser(argparse.ArgumentParser):
-    """argparse, whose errors are one line, with the nearest flag for an unknown one."""
+    """argparse, whose errors are one line with the nearest flag. flag_of: {word: the flag to which
+    it belongs}, for a word that stands alone."""
 
-    def __init__(self, prog, usage, description):
+    def __init__(self, prog, usage, description, flag_of=()):
         super().__init__(prog, usage, description,
                          formatter_class=argparse.RawDescriptionHelpFormatter)
+        self.flag_of = dict(flag_of)
 
     def error(self, message):
         self.exit(2, f"{self.prog}: {message}; see --help\n")
@@ -60,15 +62,27 @@ class Parser(argparse.ArgumentParser):
         args, rest = self.parse_known_args(args)
         if rest:
             word = rest[0].split("=")[0]
+            if word.lower() in self.flag_of:
+                self.error(f"{word}: say {self.flag_of[word.lower()]} {word.lower()}")
             near = nearest(word, map(flag, vars(args)))
             self.error(f"{word}: unknown{near and '; '}{near}")
         return args
 
 
+def number(text):
+    """The float that a flag takes."""
+    if "," in text:
+        raise argparse.ArgumentTypeError(f"{text}: write decimals with a point, and put spaces "
+                                         "between several numbers")
+    return float(text)
+
+
 def make_parser(settings_class, description):
     """The command line with a flag for each field of `settings_class`."""
     fields = {field.name: field for field in dataclasses.fields(settings_class)}
-    parser = Parser("train.py", "python train.py [flag ...]", description + EXAMPLES)
+    parser = Parser("train.py", "python train.py [flag ...]", description + EXAMPLES,
+                    {word: flag(name) for name, field in fields.items()
+                     for word in field.metadata["choices"] or ()})
     grouped = {title: names.split() for title, names in GROUPS.items()}
     # A field that somebody added belongs to an objective.
     grouped["what is minimised"] += fields.keys() - {name for g in grouped.values() for name in g}
@@ -80,9 +94,9 @@ def make_parser(settings_class, description):
             if field.type is bool:
                 options["action"] = argparse.BooleanOptionalAction
             elif field.type is tuple:
-                options |= dict(type=float, nargs="+")
+                options |= dict(type=number, nargs="+")
             else:
-                options["type"] = field.type
+                options["type"] = number if field.type is float else field.type
             group.add_argument(flag(field.name), **options)
     group.add_argument("--run-dir", metavar="DIR", help="a new folder for logs and checkpoints; "
                        "default: runs/<data>-<method>-<student>/seed<seed>")

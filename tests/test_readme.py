@@ -153,7 +153,7 @@ def test_what_the_text_says_of_the_experiments():
                 assert (config["teacher"], config["student"]) in (
                     (teacher, student), (None, student)), name
                 assert config["epochs"] == epochs
-    assert ("One resnet14 (not that of the log above) teaches a resnet8 (9 epochs) or a small "
+    assert ("One resnet14 (not that above) teaches a resnet8 (9 epochs) or a small "
             "transformer (ViT, 16 epochs), five seeds each; on CIFAR-100 a public resnet20 teaches "
             "a resnet8 (15 epochs), three seeds, at untuned rates.") in text
     assert (f"characters of {len(glyphs.CLASSES)} classes, rendered at {glyphs.SIDE} pixels"

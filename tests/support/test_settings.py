@@ -16,13 +16,14 @@ from support.settings import GROUPS
     ("--studnt=resnet8", "--studnt: unknown; nearest: --student;"),
     ("-method sld", "nearest: --method;"), ("--xyz 3", "--xyz: unknown; see --help"),
     ("--no-studnt-swap", "nearest: --student-swap;"),
-    ("kd", "kd: unknown; see --help"),
+    ("kd", "kd: say --method kd;"), ("SLD", "SLD: say --method sld;"),
+    ("cifar100", "cifar100: say --dataset cifar100;"), ("sdl", "sdl: unknown; see --help"),
     ("--method SLD", "--method SLD: unknown; nearest: sld"),
     ("--dataset floder", "--dataset floder: unknown; nearest: folder"),
     ("--device gpu", "--device gpu: unknown; nearest: cpu; choose among auto, cpu, cuda, mps"),
     ("--student ResNet8", "--student ResNet8: unknown network; nearest: resnet8, "),
-    ("--temperatures 1,2,3", "--temperatures: invalid float value: '1,2,3'; see --help"),
-    ("--lr 0,1", "--lr: invalid float value: '0,1'; see --help"),
+    ("--temperatures 1,2,3", "--temperatures: 1,2,3: write decimals with a point, and put spaces"),
+    ("--lr 0,1", "--lr: 0,1: write decimals with a point"),
     ("--method kd --temperature 4", "--temperature: no part of --method kd; nearest: "
      "--temperatures, "),
     ("--method dkd --temperatures 4", "--temperatures: no part of --method dkd; nearest: "
