@@ -161,12 +161,19 @@ def test_what_the_text_says_of_the_experiments():
 
 
 def test_the_worked_row():
-    said = re.search(r"turns the logits (\d+) of 'T' and (\d+) of 'Il' into (\d+) and (\d+)",
-                     " ".join(README.split())).groups()
-    t, il, *after = map(float, said)
-    # The label is 'Il'; another class stays.
-    swapped = swap(torch.tensor([[t, il, 3]]), torch.tensor([1]))
-    assert swapped.tolist() == [[*after, 3]]
+    text = " ".join(README.split())
+    top, read, of_label, label, *after = re.search(
+        r"turns the logits (\d+) of '(\w+)' and (\d+) of '(\w+)' into (\d+) and (\d+)",
+        text).groups()
+    assert f"The label is '{label}'; the teacher reads '{read}'." in text
+    # Another class stays.
+    swapped = swap(torch.tensor([[float(top), float(of_label), 3]]), torch.tensor([1]))
+    assert swapped.tolist() == [[*map(float, after), 3]]
+    # It is the row of the picture above it, which the notebook draws.
+    shown, = re.findall(r"logits: (\S+) of '(\w+)', which is read, and (\S+) of '(\w+)', the label",
+                        (ROOT / "analysis.ipynb").read_text(encoding="utf-8"))
+    assert (f"{float(shown[0]):.0f}", shown[1], f"{float(shown[2]):.0f}", shown[3]) == (
+        top, read, of_label, label)
 
 
 def test_what_the_text_says_of_the_gpu():
