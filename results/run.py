@@ -135,12 +135,20 @@ TUNING_18 = {f"{name}-lr{lr:g}": f"{flags} --lr {lr:g} --epochs 18 --evaluate va
              + taught_by("resnet14-val") * (name != "ce")
              for name, (flags, rates) in GRID_18.items() for lr in rates}
 
-# Pretrained networks: rates of the teacher, and of each method for a smaller student of it.
-PHOTO_TEACHERS = {f"ce-lr{lr:g}": f"{MOBILENET} --evaluate val --lr {lr:g}"
-                  for lr in (0.001, 0.003, 0.01)}
-PHOTO_GRID = {"ce": (0.001, 0.003, 0.01), "kd": (0.001, 0.003, 0.01),
-              "sld": (0.0003, 0.001, 0.003), "mlkd": (0.0003, 0.001, 0.003),
-              "dkd": (0.0003, 0.001, 0.003), "rld": (0.0003, 0.001, 0.003)}
+# Pretrained networks: rates of a teacher alone, and of a smaller student with each method.
+PHOTO_TEACHERS = {
+    f"{kind}-lr{lr:g}": f"{MOBILENET} --evaluate val --optimizer {kind} --lr {lr:g}"
+    for kind, rates in (("sgd", (0.001, 0.003, 0.01)), ("adamw", (0.0001, 0.0003, 0.001)))
+    for lr in rates}
+PHOTO_STUDENT = f"--student squeezenet1_0 {TRASHNET} --epochs 10"
+PHOTO_GRID = {("ce", "sgd"): (0.0003, 0.001, 0.003),
+              **{(method, "adamw"): (0.00003, 0.0001, 0.0003)
+                 for method in ("ce", "kd", "sld", "mlkd", "dkd", "rld")}}
+PHOTO_TUNING = {
+    f"{method}-{kind}-lr{lr:g}":
+    f"--method {method} {PHOTO_STUDENT} --evaluate val --optimizer {kind} --lr {lr:g}"
+    + (method != "ce") * f" --teacher mobilenet_v2 {taught_by('trashnet-val')}"
+    for (method, kind), rates in PHOTO_GRID.items() for lr in rates}
 
 
 # {group: ({row: flags of train.py}, seeds)}
@@ -175,11 +183,7 @@ GROUPS = {
                         f"{flags} {PUBLISHED_TEACHER * (row != 'ce')}"
                    for row, flags in PUBLISHED.items()}, range(1)),
     "photographs-teacher": (PHOTO_TEACHERS, range(1)),
-    "photographs-tuning": (
-        {f"{method}-lr{lr:g}": f"--method {method} --student squeezenet1_0 --lr {lr:g} {TRASHNET} "
-                               "--epochs 10 --evaluate val" + (method != "ce") * (
-                                   f" --teacher mobilenet_v2 {taught_by('trashnet-val')}")
-         for method, rates in PHOTO_GRID.items() for lr in rates}, range(1)),
+    "photographs-tuning": (PHOTO_TUNING, range(1)),
     # A ViT teaches.
     "vit-teacher": (ladder(f"--teacher vit_nano {taught_by('glyphs-vit')}", DEFAULTS[1:]),
                     range(3)),
