@@ -1,4 +1,4 @@
-"""Bring the two READMEs up to date with the logs in results/:  python results/pages.py
+"""Bring README.md and results/README.md up to date with the logs:  python results/pages.py
 
 Makes anew every table between <!-- KIND: FOLDER --> and <!-- end -->, as TABLES says, and
 results/differences.png. Before that the teacher's mistakes are counted, into mistakes.json beside
@@ -20,7 +20,7 @@ from data import load  # noqa: E402
 from eval import inheritance, predict  # noqa: E402
 from support.checkpoints import load_model  # noqa: E402
 from support.errors import UserError  # noqa: E402
-from support.plots import BLUE, ORANGE  # noqa: E402
+from support.plots import BLUE  # noqa: E402
 from support.runs import write_json  # noqa: E402
 from support.tables import (  # noqa: E402
     comparison_cells,
@@ -168,23 +168,27 @@ WORDS = {
 
 def draw_differences(ladders):
     """Figure of the rows of each of the `ladders`, minus the row KD of the same: mean and 95 %
-    interval; filled where Holm's p is below 0.05."""
-    figure = Figure(figsize=(9, 4.5), dpi=120, layout="constrained")
-    axes = figure.subplots(1, len(ladders), squeeze=False)[0]
+    interval; filled where Holm's p is below 0.05. A row stands at one height in all of them."""
+    names = list(dict.fromkeys(n for rows in ladders.values() for n in rows if n != KD))
+    figure = Figure(figsize=(9, 4.8), dpi=120, layout="constrained")
+    axes = figure.subplots(1, len(ladders), squeeze=False, sharey=True)[0]
     for ax, (title, rows) in zip(axes, ladders.items()):
         differences = {name: top1_difference(rows[name], rows[KD]) for name in rows if name != KD}
         p = holm(differences)
-        for y, (name, found) in enumerate(differences.items()):
-            colour = BLUE if found.mean > 0 else ORANGE
-            face = colour if p.get(name, 1) < 0.05 else "white"
-            ax.plot([found.low, found.high], [y, y], color=colour)
-            ax.plot(found.mean, y, "o", color=colour, markerfacecolor=face)
+        for name, found in differences.items():
+            y, face = names.index(name), BLUE if p.get(name, 1) < 0.05 else "white"
+            ax.plot([found.low, found.high], [y, y], color=BLUE)
+            ax.plot(found.mean, y, "o", color=BLUE, markerfacecolor=face)
         ax.axvline(0, color="grey", lw=1)
-        ax.set(title=title, yticks=range(len(differences)),
-               yticklabels=[WORDS.get(name, name) for name in differences],
-               xlabel="top-1 minus that of 05, points")
-        ax.invert_yaxis()
+        for y in range(0, len(names), 2):
+            ax.axhspan(y - 0.5, y + 0.5, color="0.95", zorder=0)
+        ax.set(title=title, yticks=range(len(names)), ylim=(len(names) - 0.5, -0.5),
+               yticklabels=[WORDS.get(name, name) for name in names])
         ax.spines[["top", "right"]].set_visible(False)
+    for face, word in ((BLUE, "differs from 05 also when corrected (Holm)"), ("white", "does not")):
+        axes[0].plot([], [], "o", color=BLUE, markerfacecolor=face, label=word)
+    figure.supxlabel("← worse | better → than KD on SLD's views (05), points of top-1")
+    figure.legend(loc="outside upper center", ncols=2, frameon=False)
     return figure
 
 
