@@ -1,5 +1,6 @@
 import itertools
 import json
+import multiprocessing.forkserver
 import os
 import shutil
 import sys
@@ -126,7 +127,7 @@ def color_teacher(colors, tmp_path_factory):
     return folder / "last.pt"
 
 
-@pytest.fixture
+@pytest.fixture(scope="session")
 def short(colors, color_teacher):
     """Settings of a run that takes a second, to be changed with keyword arguments."""
     def make(**changes):
@@ -164,6 +165,20 @@ def trained(kept_run, tmp_path):
     """A copy of that run, of its images and of what was decoded, in the test's own folder: run/."""
     shutil.copytree(kept_run, tmp_path, dirs_exist_ok=True)
     return tmp_path / "run"
+
+
+@pytest.fixture(scope="session")
+def forked():
+    """The context of multiprocessing whose processes have imported train.py when they start."""
+    if "forkserver" not in multiprocessing.get_all_start_methods():
+        return multiprocessing.get_context("spawn")
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(["conftest", "matplotlib.pyplot"])
+    with pytest.MonkeyPatch.context() as patch:
+        # Where the server, which all tests share, finds the module.
+        patch.setenv("PYTHONPATH", str(ROOT / "tests"))
+        multiprocessing.forkserver.ensure_running()
+    return context
 
 
 @pytest.fixture
