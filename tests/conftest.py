@@ -1,6 +1,6 @@
 import itertools
 import json
-import multiprocessing.forkserver
+import multiprocessing
 import os
 import shutil
 import sys
@@ -172,12 +172,15 @@ def forked():
     """The context of multiprocessing whose processes have imported train.py when they start."""
     if "forkserver" not in multiprocessing.get_all_start_methods():
         return multiprocessing.get_context("spawn")
+    # Not on every system.
+    from multiprocessing import forkserver
+
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(["conftest", "matplotlib.pyplot"])
     with pytest.MonkeyPatch.context() as patch:
         # Where the server, which all tests share, finds the module.
         patch.setenv("PYTHONPATH", str(ROOT / "tests"))
-        multiprocessing.forkserver.ensure_running()
+        forkserver.ensure_running()
     return context
 
 
