@@ -249,11 +249,11 @@ def test_two_runs_in_one_folder(start, tmp_path):
     (tmp_path / "second").mkdir()
     # So that each has its own output.
     (tmp_path / "second/run").symlink_to(tmp_path / "run", target_is_directory=True)
-    first = start("--epochs", 30)
+    first = start("--epochs", 12)
     wait_for(tmp_path / "run/last.pt", first)
     assert finish(start("--resume", folder=tmp_path / "second")) == 2
     one_line(tmp_path / "second", "run: another process is training there")
-    assert finish(first) == 0 and len(result(tmp_path)[0]) == 30
+    assert finish(first) == 0 and len(result(tmp_path)[0]) == 12
 
 
 def test_two_runs_that_start_at_once(start, tmp_path):
