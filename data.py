@@ -40,6 +40,8 @@ _OF_IMAGENET = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 DATASETS = {  # side, classes, mean, std, flip, area
     # A mirrored character is another character, or none.
     "glyphs": Facts(glyphs.SIDE, len(glyphs.CLASSES), None, None, False),
+    # A fifth of the training labels are wrong, to see what a swap does then.
+    "glyphs-noisy": Facts(glyphs.SIDE, len(glyphs.CLASSES), None, None, False),
     "cifar10": Facts(32, 10, (0.4914, 0.4822, 0.4465), (0.2470, 0.2435, 0.2616), True),
     "cifar100": Facts(32, 100, (0.5071, 0.4867, 0.4408), (0.2675, 0.2565, 0.2761), True),
     "folder": Facts(64, None, *_OF_IMAGENET, True, 0.35),
@@ -178,7 +180,8 @@ def load(name, data_dir="data", image_size=None, train=True, evaluate="test"):
     trained on. Raises UserError for whatever the user can mend.
     """
     root, facts = Path(data_dir), DATASETS[name]
-    in_folders = name in PHOTOGRAPHS or name != "glyphs" and all(
+    rendered = name in ("glyphs", "glyphs-noisy")
+    in_folders = name in PHOTOGRAPHS or not rendered and all(
         (root / part).is_dir() for part in ("train", "test"))
     if evaluate == "val" and not (in_folders and name != "imagenet" and photographs.has_val(root)):
         return hold_out(load(name, data_dir, image_size))
@@ -186,8 +189,9 @@ def load(name, data_dir="data", image_size=None, train=True, evaluate="test"):
         raise UserError(f"--image-size {image_size}: {name} has {facts.side}-pixel images; leave "
                         "the flag out")
     mean, std, digests = facts.mean, facts.std, None
-    if name == "glyphs":
-        train_part, test_part, mean, std = glyphs.load(root)
+    if rendered:
+        (images, labels), test_part, mean, std = glyphs.load(root)
+        train_part = images, labels if name == "glyphs" else glyphs.mislabelled(labels)
         classes, digests = glyphs.CLASSES, (glyphs.VERSION,)
     elif in_folders:
         train_part, test_part, classes, digests = photographs.load(

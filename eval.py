@@ -185,7 +185,7 @@ def make_parser():
 
 def main():
     parser = make_parser()
-    with console.one_line_errors(parser, "the output"):
+    with console.one_line_errors(parser):
         args = parser.parse_args()
         mode = mode_of(args)
         if mode == "table":

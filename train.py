@@ -125,10 +125,11 @@ RECIPES = {
         schedule="cosine", warmup=24, weight_decay=0.05, drops=(150, 180, 210), gamma=150,
         kd_warmup=20, of=240, teach=dict(epochs=10)),
 }
-RECIPES |= {("cifar10", kind): RECIPES["cifar100", kind] for kind in ("sgd", "adamw")}
+RECIPES |= {(name, kind): RECIPES[like, kind] for kind in ("sgd", "adamw")
+            for name, like in (("cifar10", "cifar100"), ("glyphs-noisy", "glyphs"))}
 # Teachers that are in this repository, for the part that is measured: a validation part is taken
 # from the images on which this one was trained. The config.json beside it says how it was made.
-TEACHERS = {("glyphs", "resnet14", "test"): "results/teachers/resnet14/seed0/best.pt"}
+TEACHERS = {("glyphs", "resnet14", "test"): "results/teachers/resnet14/seed1000/best.pt"}
 
 
 def learning_rate(s, done):

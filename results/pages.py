@@ -20,8 +20,8 @@ from data import load  # noqa: E402
 from eval import inheritance, predict  # noqa: E402
 from support.checkpoints import load_model  # noqa: E402
 from support.errors import UserError  # noqa: E402
-from support.files import atomic_write  # noqa: E402
 from support.plots import BLUE, ORANGE  # noqa: E402
+from support.runs import write_json  # noqa: E402
 from support.tables import (  # noqa: E402
     comparison_cells,
     difference,
@@ -72,9 +72,8 @@ def count_mistakes(group):
 
     teacher = logits_of(ROOT / config["teacher_checkpoint"], config["teacher"])
     for run in missing:
-        report = inheritance(logits_of(run / "last.pt"), teacher, data.test[1])
-        with atomic_write(run / "mistakes.json") as file:
-            file.write((json.dumps(report, indent=1) + "\n").encode())
+        write_json(run / "mistakes.json",
+                   inheritance(logits_of(run / "last.pt"), teacher, data.test[1]))
 
 
 def mistakes_of(folder, key):
@@ -94,17 +93,15 @@ def mistakes_table(folder, against):
     """Markdown: what the rows below `folder` make of the teacher's errors, and the difference to
     the row `against`, with Holm's p over the rows."""
     made, avoided = mistakes_of(folder, "made"), mistakes_of(folder, "avoided")
-    parts = [(by_row, comparison_cells({row: difference(by_row[row], by_row[against])
-                                        for row in by_row if row != against}, 1))
-             for by_row in (made, avoided)]
-    lines = []
-    for row in made:
-        lines.append([row, str(len(made[row]))])
-        for by_row, cells in parts:
-            lines[-1] += [f"{np.mean([*by_row[row].values()]):.1f}", *cells.get(row, "--")]
+    lines = {row: [row, len(made[row])] for row in made}
+    for shares in (made, avoided):
+        cells = comparison_cells({row: difference(shares[row], shares[against])
+                                  for row in shares if row != against}, 1)
+        for row, line in lines.items():
+            line += [f"{np.mean([*shares[row].values()]):.1f}", *cells.get(row, "--")]
     compared = [f"difference to {against} (95 % interval)", "p (Holm)"]
     return markdown(["run", "n", "the teacher's answer too, %", *compared, "right instead, %",
-                     *compared], lines)
+                     *compared], lines.values())
 
 
 def claims_table(folder):
@@ -122,11 +119,8 @@ def claims_table(folder):
                      for claim, pair in pairs.items()])
 
 
-def results_table(folder, against=None):
-    return table(read_rows(folder), against)
-
-
-TABLES = {"table": results_table, "mistakes": mistakes_table, "claims": claims_table}
+TABLES = {"table": lambda folder, *against: table(read_rows(folder), *against),
+          "mistakes": mistakes_table, "claims": claims_table}
 
 
 def fill_tables():
@@ -153,8 +147,9 @@ def ladders():
     found = {}
     for title, group in (("glyphs", "glyphs"), ("CIFAR-100", "cifar100")):
         with contextlib.suppress(UserError):
-            found[title] = read_rows(ROOT / "results" / group)
-    return {title: rows for title, rows in found.items() if KD in rows}
+            rows = read_rows(ROOT / "results" / group)
+            found |= {title: rows} if KD in rows else {}
+    return found
 
 
 # The rows of a ladder, in words.

@@ -28,9 +28,29 @@ from support.files import atomic_write  # noqa: E402
 from support.tables import is_finished, read_run  # noqa: E402
 from train import RECIPES  # noqa: E402
 
-TEACHER = "--teacher-checkpoint results/teachers/{}/seed0/last.pt"
-# The teacher of the default experiment, as train.py trains it by itself.
+# Real photographs and real ImageNet weights, which both have to be there: results/README.md says
+# where they come from.
+TRASHNET = "--dataset folder --data-dir data/trashnet --image-size 112"
+# The teacher of the default experiment.
 ALONE = "--method ce --student resnet14 --epochs 12 --lr 0.2"
+MOBILENET = f"--method ce --student mobilenet_v2 {TRASHNET} --epochs 10"
+# {seed: {name: flags}} of the networks that teach. Those of seed 0 were trained on the very views
+# on which the students of seed 0 learn, and err less on them; hence the seed 1000 of later ones.
+TEACHERS = {
+    0: {"glyphs": ALONE, "glyphs-val": f"{ALONE} --evaluate val",
+        "glyphs-vit": "--method ce --student vit_nano --views both --epochs 64 --lr 0.001"},
+    1000: {"resnet14": ALONE, "resnet14-val": f"{ALONE} --evaluate val",
+           "trashnet": f"{MOBILENET} --lr 0.003",
+           "trashnet-val": f"{MOBILENET} --lr 0.003 --evaluate val"},
+}
+
+
+def taught_by(name):
+    """The flag for one of the TEACHERS."""
+    seed = next(seed for seed, rows in TEACHERS.items() if name in rows)
+    return f"--teacher-checkpoint results/teachers/{name}/seed{seed}/last.pt"
+
+
 GRID = {"ce": (0.2, 0.4, 0.8), "kd": (0.1, 0.2, 0.4, 0.8), "sld": (0.05, 0.1, 0.2)}
 VIT_GRID = dict.fromkeys(("ce", "kd", "sld"), (0.0005, 0.001, 0.002, 0.004, 0.008))
 
@@ -84,7 +104,7 @@ def ladder(teacher, rows=LADDER, more="", rates=RATES):
 
 def grid(lrs, more=""):
     """{row: flags} of each method at each of its rates {method: rates}, on validation images."""
-    teacher = TEACHER.format("glyphs-val")
+    teacher = taught_by("glyphs-val")
     return {f"{method}-lr{lr:g}":
             f"{with_rate(f'--method {method}', teacher, {method: lr})} {more} --evaluate val"
             for method in lrs for lr in lrs[method]}
@@ -93,7 +113,7 @@ def grid(lrs, more=""):
 def variants(flags, name, values):
     """{row: flags} of one experiment at several values of the flag `name`, on validation images."""
     return {f"{name.strip('-')}{v:g}":
-            f"{with_rate(flags, TEACHER.format('glyphs-val'))} {name} {v:g} --evaluate val"
+            f"{with_rate(flags, taught_by('glyphs-val'))} {name} {v:g} --evaluate val"
             for v in values}
 
 
@@ -112,19 +132,29 @@ GRID_18 = {"sld": ("--method sld", (0.025, 0.05, 0.1, 0.2)),
            "dkd-both": (LADDER["16-dkd-both"], (0.025, 0.05, 0.1, 0.2)),
            "rld-both": (LADDER["17-rld-both"], (0.025, 0.05, 0.1, 0.2))}
 TUNING_18 = {f"{name}-lr{lr:g}": f"{flags} --lr {lr:g} --epochs 18 --evaluate val "
-             + TEACHER.format("glyphs-val") * (name != "ce")
+             + taught_by("resnet14-val") * (name != "ce")
              for name, (flags, rates) in GRID_18.items() for lr in rates}
 
-# Real photographs and real ImageNet weights, which both have to be there: results/README.md says
-# where they come from.
-TRASHNET = "--dataset folder --data-dir data/trashnet --image-size 112"
-MOBILENET_GRID = {f"ce-lr{lr:g}": f"--method ce --student mobilenet_v2 --lr {lr:g} {TRASHNET} "
-                  "--evaluate val" for lr in (0.001, 0.003, 0.01, 0.03)}
+# Pretrained networks: rates of a teacher alone, and of a smaller student with each method.
+PHOTO_TEACHERS = {
+    f"{kind}-lr{lr:g}": f"{MOBILENET} --evaluate val --optimizer {kind} --lr {lr:g}"
+    for kind, rates in (("sgd", (0.001, 0.003, 0.01)), ("adamw", (0.0001, 0.0003, 0.001)))
+    for lr in rates}
+PHOTO_STUDENT = f"--student squeezenet1_0 {TRASHNET} --epochs 10"
+PHOTO_GRID = {("ce", "sgd"): (0.0003, 0.001, 0.003),
+              **{(method, "adamw"): (0.00003, 0.0001, 0.0003)
+                 for method in ("ce", "kd", "sld", "mlkd", "dkd", "rld")}}
+PHOTO_TUNING = {
+    f"{method}-{kind}-lr{lr:g}":
+    f"--method {method} {PHOTO_STUDENT} --evaluate val --optimizer {kind} --lr {lr:g}"
+    + (method != "ce") * f" --teacher mobilenet_v2 {taught_by('trashnet-val')}"
+    for (method, kind), rates in PHOTO_GRID.items() for lr in rates}
+
 
 # {group: ({row: flags of train.py}, seeds)}
 GROUPS = {
-    "glyphs": (ladder(TEACHER.format("glyphs")), range(5)),
-    "glyphs-vit": (ladder(TEACHER.format("glyphs"), VIT_LADDER, "--student vit_nano",
+    "glyphs": (ladder(taught_by("glyphs")), range(5)),
+    "glyphs-vit": (ladder(taught_by("glyphs"), VIT_LADDER, "--student vit_nano",
                           RECIPES["glyphs", "adamw"]["lr"]), range(5)),
     # The data and the public teachers have to be there: results/README.md says where.
     "cifar100": (ladder(CIFAR_TEACHER, CIFAR_LADDER, CIFAR), range(3)),
@@ -138,10 +168,6 @@ GROUPS = {
                    range(1)),
     "tuning-omega": (variants(LADDER["07-GA-teacher"], "--omega", (0.5, 1, 2, 4, 8)), range(2)),
     "tuning-ce-weight": (variants(SIX, "--ce-weight", (0.1, 0.3, 1, 3, 10)), range(2)),
-    "teachers": ({"glyphs": ALONE, "glyphs-val": f"{ALONE} --evaluate val",
-                  "glyphs-vit": "--method ce --student vit_nano --views both --epochs 64 "
-                                "--lr 0.001"},
-                 range(1)),
     "stability": ({f"{name}-{n}-thread": f"{ALONE} {flag}"
                    for name, flag in (("float32", ""), ("bfloat16", "--amp"))
                    for n in (1, 2)}, range(3)),
@@ -151,14 +177,15 @@ GROUPS = {
                         for lr in (0.1, 0.4)}, range(1)),
     "tuning-18": (TUNING_18, range(1)),
     "tuning-vit": (grid(VIT_GRID, "--student vit_nano"), range(2)),
-    "glyphs-twice": (ladder(TEACHER.format("glyphs"), DEFAULTS, "--epochs 18"), range(5)),
+    "glyphs-twice": (ladder(taught_by("glyphs"), DEFAULTS, "--epochs 18"), range(5)),
     # The published recipe as it stands, 240 epochs, in bfloat16.
     "published": ({row: f"--amp --dataset cifar100 --data-dir data/cifar100 --student resnet20 "
                         f"{flags} {PUBLISHED_TEACHER * (row != 'ce')}"
                    for row, flags in PUBLISHED.items()}, range(1)),
-    "photographs-teacher": (MOBILENET_GRID, range(1)),
+    "photographs-teacher": (PHOTO_TEACHERS, range(1)),
+    "photographs-tuning": (PHOTO_TUNING, range(1)),
     # A ViT teaches.
-    "vit-teacher": (ladder(f"--teacher vit_nano {TEACHER.format('glyphs-vit')}", DEFAULTS[1:]),
+    "vit-teacher": (ladder(f"--teacher vit_nano {taught_by('glyphs-vit')}", DEFAULTS[1:]),
                     range(3)),
 }
 
@@ -242,9 +269,10 @@ def main():
     Path("runs").mkdir(exist_ok=True)
     # A process for each run, none of which inherits threads that others have started.
     with ProcessPoolExecutor(args.jobs, get_context("spawn"), max_tasks_per_child=1) as pool:
-        for name, flags in GROUPS["teachers"][0].items():
-            if any(TEACHER.format(name) in others for others in rows.values()):
-                make(pool, f"results/teachers/{name}", flags, 0)()
+        for seed, teachers in TEACHERS.items():
+            for name, flags in teachers.items():
+                if any(taught_by(name) in others for others in rows.values()):
+                    make(pool, f"results/teachers/{name}", flags, seed)()
         runs = [make(pool, f"results/{args.group}/{row}", flags, seed) for seed in seeds
                 for row, flags in rows.items()]
         status = max(wait() for wait in runs)

@@ -50,11 +50,6 @@ def _affine(a=1., b=0., c=0., d=0., e=1., f=0.):
     return torch.stack(torch.broadcast_tensors(*given), 1)
 
 
-def _lookup(images, table):
-    """Replace each level by its entry in `table` (B, 3, 256) uint8, channel by channel."""
-    return table.gather(2, images.flatten(2).long()).view_as(images)
-
-
 def autocontrast(images, _):
     flat = images.flatten(2)
     low, high = (v[..., None].double() for v in (flat.amin(2), flat.amax(2)))            # (B, 3, 1)
@@ -62,7 +57,8 @@ def autocontrast(images, _):
     # Not 255 / x: torch computes that as 255 * (1 / x), which rounds twice, and Pillow once.
     scale = torch.full_like(low, 255) / (high - low).clamp(min=1)
     table = (level * scale - low * scale).trunc().clamp(0, 255)
-    return _lookup(images, torch.where(high > low, table, level).byte())
+    table = torch.where(high > low, table, level).byte()                               # (B, 3, 256)
+    return table.gather(2, flat.long()).view_as(images)
 
 
 def _per_image(numbers, images):
@@ -154,7 +150,7 @@ def randaugment(images, ops, magnitudes):
         if name in GEOMETRIC_OPS:
             rows.append(hit)
             matrices.append(op(value.double(), size))
-        elif name != "identity":
+        else:
             there = hit.to(images.device)
             images[there] = op(images[there], value)
     if rows:

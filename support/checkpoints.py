@@ -3,11 +3,10 @@
 A file may come from anywhere, so only tensors and plain types are unpickled, and every check ends
 in a UserError of one line that begins with the file.
 """
-import contextlib
 import hashlib
 import os
-import pickle
 import re
+import textwrap
 import warnings
 from pathlib import Path
 
@@ -34,13 +33,18 @@ def load_model(path, name=None, data=None):
     checked, and the network then takes images that are normalised by the data's mean and std,
     whatever it was trained with. checkpoint: the dict in the file, whole.
     Raises UserError for a file that is missing, damaged, no checkpoint, or that holds NaN, another
-    network, a network for other data, or tensors that are no real numbers.
+    network, a network for other data, or other than real, dense numbers.
     """
     path = Path(path)
     path = path / "last.pt" if path.is_dir() else path
     checkpoint = read_checkpoint(path)
     state = weights_in(path, checkpoint)
-    name = architecture_in(path, checkpoint, name)
+    said = checkpoint.get("architecture")
+    if name and said and name != said:
+        raise UserError(f"{path}: holds a {said}, not a {name}")
+    if not name and not said:
+        raise UserError(f"{path}: does not say which network it is; name it with --model")
+    name = name or said
     size = checkpoint.get("image_size", 224 if name in TORCHVISION else 32)
     model, C = build(path, name, size, state)
     if "classes" not in checkpoint:
@@ -51,8 +55,18 @@ def load_model(path, name=None, data=None):
         if others:
             print(f"{path}: the weights under {first!r} are taken, not those under {others[0]!r}; "
                   "for these save them alone")
-        check_classes(path, checkpoint, C, data)
-        check_image_size(path, checkpoint, name, size, data)
+        if len(data.classes) != C:
+            raise UserError(f"{path}: has {C} classes, the data has {len(data.classes)}")
+        if checkpoint.get("classes", data.classes) != data.classes:
+            raise UserError(f"{path}: was trained on other classes than {data.classes[:3]}…")
+        side = data.test[0].shape[-1]
+        with as_user_error(f"{path}: a {name} for {size} px, the images have {side}; give another "
+                           "checkpoint or --image-size; "):
+            # A student of train.py, which alone lists its classes, knows one size. The published
+            # networks are used at many.
+            if "classes" in checkpoint and size != side:
+                raise ValueError("it was trained at no other")
+            check_size(name, side, made_for=size)
         adapt_normalisation(path, checkpoint, model, data)
     return model.eval(), checkpoint
 
@@ -70,17 +84,10 @@ def read_checkpoint(path):
         with (warnings.catch_warnings(action="ignore"),
               torch.serialization.safe_globals(STAND_INS)):
             return torch.load(path, map_location="cpu", weights_only=True)
-    except pickle.UnpicklingError:
-        holds = ""
-        with contextlib.suppress(Exception), torch.serialization.safe_globals(STAND_INS):
-            unknown = sorted(torch.serialization.get_unsafe_globals_in_checkpoint(path))
-            holds = f" (it holds {', '.join(unknown[:3])})"
-        raise UserError(f"{path}: not a PyTorch checkpoint of tensors and plain types{holds}; it "
-                        "was not loaded; give a file of the state_dict() alone")
     except Exception:
-        # A damaged file can raise nearly anything.
-        raise UserError(f"{path}: not a PyTorch checkpoint, or damaged (empty, cut off, "
-                        "TorchScript, or another file type)")
+        # Other types are refused, and a damaged file can raise nearly anything.
+        raise UserError(f"{path}: not a PyTorch checkpoint of tensors and plain types, or damaged; "
+                        "give a file of the state_dict() alone")
 
 
 class StandIn:
@@ -89,9 +96,7 @@ class StandIn:
 
     def __init__(self, *given):
         pass
-
-    def __setstate__(self, state):
-        pass
+    __setstate__ = __init__
 
 
 # The things that people save beside weights, by their names in a file.
@@ -120,8 +125,8 @@ def places_in(checkpoint):
 
 
 def weights_in(path, checkpoint):
-    """{parameter: tensor} of a checkpoint, from whichever of its usual places, as `real_numbers`.
-    Raises UserError where it has none."""
+    """{parameter: tensor} of a checkpoint, from whichever of its usual places. Raises UserError
+    where it is no dict."""
     if not isinstance(checkpoint, dict):
         raise UserError(f"{path}: holds a {type(checkpoint).__name__}, not a state dict")
     place, = places_in(checkpoint)[:1] or [None]
@@ -131,37 +136,7 @@ def weights_in(path, checkpoint):
     state.pop("n_averaged", None)
     # Wrappers of other names, such as Lightning's, stand before all of them.
     common = os.path.commonprefix([*state]).rpartition(".")[0]
-    for key, value in state.items():
-        with as_user_error(f"{path}: {key} "):
-            state[key] = real_numbers(value)
     return {key.removeprefix(f"{common}."): value for key, value in state.items()}
-
-
-def real_numbers(value):
-    """A tensor of any layout and precision as a dense one, floats in float32; anything else as it
-    is. Raises ValueError, with what it holds, where a tensor has no real numbers."""
-    if not isinstance(value, torch.Tensor):
-        return value
-    for wrong, kind in ((value.is_meta, "no numbers, since it is on the device meta"),
-                        (value.is_complex(), "complex numbers"), (value.is_nested, "ragged rows")):
-        if wrong:
-            raise ValueError(f"holds {kind}; give a file of real numbers")
-    try:
-        value = (value.dequantize() if value.is_quantized else value).to_dense()
-        return value.float() if value.is_floating_point() else value
-    except RuntimeError:
-        raise ValueError(f"holds {value.dtype}, which cannot be converted to float32")
-
-
-def architecture_in(path, checkpoint, name):
-    """The architecture that the checkpoint says, or else `name`. Raises UserError where there is
-    neither, or they differ."""
-    said = checkpoint.get("architecture")
-    if name and said and name != said:
-        raise UserError(f"{path}: holds a {said}, not a {name}")
-    if not name and not said:
-        raise UserError(f"{path}: does not say which network it is; name it with --model")
-    return name or said
 
 
 def build(path, name, size, state):
@@ -175,43 +150,21 @@ def build(path, name, size, state):
                              f"{', '.join([*state][:3])}")
         C = len(classifier)
         model = create_model(name, C, size)
-    expected = model.state_dict()
-    wrong = sorted(expected.keys() ^ state.keys())
-    wrong = wrong or [k for k in expected if expected[k].shape != getattr(state[k], "shape", None)]
-    if wrong:
-        raise UserError(f"{path}: does not fit a {name}; first mismatches: {', '.join(wrong[:3])}")
-    for key, value in expected.items():
-        # Integers without their scale.
-        if value.is_floating_point() and not state[key].is_floating_point():
-            raise UserError(f"{path}: {key} holds {state[key].dtype}, not weights; give a file in "
-                            "which they are not quantised")
-    broken = [k for k in expected if not state[k].isfinite().all()]
+    for key, value in model.state_dict().items():
+        # Complex numbers, or integers without their scale, would be converted without a word.
+        dtype = getattr(state.get(key), "dtype", value.dtype)
+        if value.is_floating_point() and not dtype.is_floating_point:
+            raise UserError(f"{path}: {key} holds {dtype}, not weights; give a file of real "
+                            "numbers that are not quantised")
+    try:
+        model.load_state_dict(state)
+    except RuntimeError as error:
+        raise UserError(f"{path}: does not fit a {name} ({textwrap.shorten(str(error), 300)})")
+    broken = [key for key, value in model.state_dict().items() if not value.isfinite().all()]
     if broken:
         raise UserError(f"{path}: {broken[0]} holds NaN or infinity; train it again, or give "
                         "another file")
-    model.load_state_dict(state)
     return model, C
-
-
-def check_classes(path, checkpoint, C, data):
-    """Raises UserError where the network's C classes are not those of the data."""
-    if len(data.classes) != C:
-        raise UserError(f"{path}: has {C} classes, the data has {len(data.classes)}")
-    if checkpoint.get("classes", data.classes) != data.classes:
-        raise UserError(f"{path}: was trained on other classes than the data's "
-                        f"{data.classes[:3]}…")
-
-
-def check_image_size(path, checkpoint, name, size, data):
-    """Raises UserError where a network for `size` pixels cannot see the data's images."""
-    side = data.test[0].shape[-1]
-    with as_user_error(f"{path}: a {name} for {size} px, the images have {side}; give another "
-                 "checkpoint or --image-size; "):
-        # A student of train.py, which alone lists its classes, knows one size. The published
-        # networks are used at many.
-        if "classes" in checkpoint and size != side:
-            raise ValueError("it was trained at no other")
-        check_size(name, side, made_for=size)
 
 
 def adapt_normalisation(path, checkpoint, model, data):
@@ -255,10 +208,10 @@ def is_finite(model):
     return all(value.isfinite().all() for value in model.state_dict().values())
 
 
-def bound_of_chance(C):
-    """(top-1 in percent that chance may give with C classes, what that is called)."""
+def near_chance(C):
+    """A top-1 in percent that a network of C classes which has learnt little may have."""
     # Twice chance means nothing for 2 classes.
-    return min((200 / C, "twice chance"), (100 / C + 10, "ten points above chance"))
+    return min(200 / C, 100 / C + 10)
 
 
 def known_top1(checkpoint, s, data):
@@ -273,8 +226,7 @@ def known_top1(checkpoint, s, data):
 def check_teacher(s, path, top1, C):
     """Raises UserError where a teacher is hardly better than chance. path: where it comes from;
     top1: its accuracy on the measured part, in percent; C: classes."""
-    advice = "" if s.teacher_checkpoint or s.dataset == "glyphs" else ", or more --epochs"
-    floor, words = bound_of_chance(C)
-    if not top1 > floor:
+    if not top1 > near_chance(C):
         raise UserError(f"{path}: the teacher has {top1:.2f} % {s.evaluate} top-1, no better than "
-                        f"{floor:.2f} % ({words}); give another --teacher-checkpoint{advice}")
+                        f"{near_chance(C):.2f} %, near chance; give another --teacher-checkpoint, "
+                        "or more --epochs where it is trained first")

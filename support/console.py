@@ -29,16 +29,11 @@ PARTS = dict(test="test", val="validation")
 
 def columns(s):
     """Those of COLUMNS that a run with the settings s can have."""
-    absent = set()
-    if s.teacher is None:
-        absent |= {"loss_teacher", "swap_teacher_weak", "swap_teacher_strong", "swap_student"}
-    if s.views == "weak":
-        absent.add("swap_teacher_strong")
-    if not s.student_swap:
-        absent.add("loss_student")
-    if s.method != "mlkd":
-        absent |= {"loss_batch", "loss_class"}
-    return [column for column in COLUMNS if column[1] not in absent]
+    taught, mlkd = s.teacher is not None, s.method == "mlkd"
+    shown = dict(loss_teacher=taught, loss_student=s.student_swap, loss_batch=mlkd, loss_class=mlkd,
+                 swap_teacher_weak=taught, swap_teacher_strong=taught and s.views == "both",
+                 swap_student=taught)
+    return [column for column in COLUMNS if shown.get(column[1], True)]
 
 
 def legend(s):
@@ -158,12 +153,10 @@ def progress(items, total, what, rounds=1):
 
 
 @contextlib.contextmanager
-def one_line_errors(parser, place="the run folder"):
+def one_line_errors(parser):
     """Whatever a user can mend ends the program with one line and status 2; Ctrl-C with 130, and
     with 141, quietly, once nobody reads the output any more. Names in any script can be printed:
-    what the console's encoding lacks appears as \\u732b.
-
-    place: what to blame for an OSError that names no file."""
+    what the console's encoding lacks appears as \\u732b."""
     rank = int(os.environ.get("RANK", 0))
     if isinstance(sys.stdout, io.TextIOWrapper):
         # Line by line, so that a file shows how far a run is.
@@ -187,7 +180,7 @@ def one_line_errors(parser, place="the run folder"):
     except OSError as error:
         # A full disk, a folder without permission.
         drop_output()
-        parser.exit(2, f"{parser.prog}: {error.filename or place}: {error.strerror or error}\n")
+        parser.exit(2, f"{parser.prog}: {UserError(error)}\n")
     except (MemoryError, RuntimeError) as error:
         if not memory_is_full(error):
             raise
@@ -208,26 +201,16 @@ def drop_output():
 
 def in_words(s, drops, own=""):
     """The resolved experiment, a line for each of its parts. drops: the epochs after which the
-    learning rate falls. own: what to say of an objective that is not one of the six."""
-    T = ", ".join(f"{T:g}" for T in s.temperatures or ())
+    learning rate falls. own: what to say of another objective than ce, kd and sld."""
     loss = "CE(label)" if s.method == "ce" else own
-    if s.method in ("dkd", "rld"):
-        parts = dict(dkd=("label against the rest", "the other classes"),
-                     rld=("teacher's certainty", "the classes below the label"))[s.method]
-        loss = (f"{s.ce_weight:g} CE(label) + {s.alpha:g} T^2 KL({parts[0]}) + {s.beta:g} T^2 "
-                f"KL({parts[1]}) at T = {s.temperature:g}, in full after {s.kd_warmup:g} epochs")
-    elif s.method in ("kd", "sld"):
+    if s.method in ("kd", "sld"):
         fixed = {"swap": "swapped teacher", "sort": "teacher with the label moved to rank 1",
                  "add": f"teacher + {s.omega} on the label",
                  "add-wrong": f"teacher + {s.omega} on the label where it is wrong"}
         right = ", of rows whose teacher is right" if s.teacher_fix == "mask" else ""
+        T = ", ".join(f"{T:g}" for T in s.temperatures)
         loss = (f"{s.ce_weight:g} CE(label) + {s.kd_weight:g} T^2 "
                 f"KL({fixed.get(s.teacher_fix, 'teacher')} || student) at T = {T}{right}")
-    elif s.method == "mlkd":
-        loss = (f"{s.ce_weight:g} CE(label) + {s.kd_weight:g} T^2 KL(teacher || student)\n"
-                f"          + {s.kd_weight:g} ||P P' - Q Q'||^2 / images: which images are alike\n"
-                f"          + {s.kd_weight:g} ||P' P - Q' Q||^2 / classes: which go together\n"
-                f"          at T = {T}; P, Q: a batch's probabilities, teacher's and student's")
     if s.standardize:
         loss += "\n          of standardized logits"
     if s.student_swap:

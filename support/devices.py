@@ -70,15 +70,13 @@ def memory_is_full(error):
 
 def environment(device):
     """Where a run was made: versions, processor or GPU, threads, commit and command."""
-    def output(*command):
-        done = subprocess.run(command, cwd=Path(__file__).parent, capture_output=True, text=True)
-        return done.stdout.strip()
+    # The full hash, and -dirty where the files differ from it.
+    describe = "git", "describe", "--always", "--dirty", "--abbrev=40", "--exclude=*"
     try:
-        commit = output("git", "rev-parse", "HEAD")
-        commit += "-dirty" if commit and output("git", "status", "--porcelain", "-uno") else ""
+        commit = subprocess.run(describe, cwd=Path(__file__).parent, capture_output=True, text=True)
     except OSError:
         # No git here.
-        commit = ""
+        commit = None
     name = torch.cuda.get_device_name() if device.type == "cuda" else platform.processor()
     if not name and Path("/proc/cpuinfo").exists():
         # Linux leaves platform.processor() empty.
@@ -87,5 +85,5 @@ def environment(device):
                 torchvision=torchvision.__version__, system=platform.system(),
                 machine=platform.machine(), device=device.type, device_name=name,
                 cpu_capability=torch.backends.cpu.get_cpu_capability(),
-                threads=torch.get_num_threads(), commit=commit or None,
+                threads=torch.get_num_threads(), commit=commit and commit.stdout.strip() or None,
                 command=" ".join([Path(sys.argv[0]).name, *sys.argv[1:]]))

@@ -55,6 +55,14 @@ def load(root):
     return tuple(arrays[:2]), tuple(arrays[2:]), *_statistics(arrays[0])
 
 
+def mislabelled(labels, share=0.2):
+    """Labels (N,) of which a share, always the same ones, says another class, drawn at random."""
+    g = torch.Generator().manual_seed(3)
+    wrong = torch.rand(len(labels), generator=g) < share
+    other = torch.randint(1, len(CLASSES), labels.shape, generator=g)
+    return torch.where(wrong, (labels + other) % len(CLASSES), labels)
+
+
 def _statistics(images):
     """Mean and std of each channel in [0, 1], from exact counts of the 256 levels."""
     level = torch.arange(256, dtype=torch.float64) / 255

@@ -6,7 +6,6 @@ from pathlib import Path
 import numpy as np
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
-from PIL import Image
 
 from support.errors import UserError
 from support.tables import make_rows, read_run
@@ -25,7 +24,7 @@ PANELS = {
 }
 
 # Written into the PNG, so that a later --plot knows a file of its own.
-MADE_BY = {"Software": "eval.py --plot"}
+MADE_BY = "eval.py --plot"
 
 
 def plot(folders):
@@ -103,14 +102,7 @@ def save(figure, path):
     path = Path(path)
     if path.suffix != ".png":
         raise UserError(f"--output {path}: a PNG file is written; let its name end with .png")
-    if path.exists():
-        try:
-            with Image.open(path) as old:
-                own = old.info.get("Software") == MADE_BY["Software"]
-        except Exception:
-            # What is no image can raise nearly anything.
-            own = False
-        if not own:
-            raise UserError(f"--output {path}: is there, and not from --plot; remove it, or give "
-                            "another name")
-    figure.savefig(path, metadata=MADE_BY)
+    if path.exists() and MADE_BY.encode() not in path.read_bytes():
+        raise UserError(f"--output {path}: is there, and not from --plot; remove it, or give "
+                        "another name")
+    figure.savefig(path, metadata={"Software": MADE_BY})

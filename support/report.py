@@ -5,7 +5,7 @@ import time
 import torch
 
 from models import create_model
-from support.checkpoints import bound_of_chance
+from support.checkpoints import near_chance
 
 
 def cost(model, size):
@@ -55,10 +55,9 @@ def comparison(teacher, student, C, part, device):
     lead = teacher["top1"] - student["top1"]
     lines.append(f"ratio     teacher to student: {size:.1f} in size, {slowness:.1f} in time (one "
                  f"image at a time on {device}), {lead:+.2f} points")
-    bound, words = bound_of_chance(C)
-    if student["top1"] <= bound:
-        lines.append(f"warning   the student is no better than {bound:.2f} % ({words}): it has "
-                     "learnt nothing; try a tenth of the learning rate")
+    if student["top1"] <= near_chance(C):
+        lines.append(f"warning   the student is no better than {near_chance(C):.2f} %, near "
+                     "chance: it has learnt nothing; try a tenth of the learning rate")
     elif lead < 1:
         lines.append("warning   the teacher is hardly better than the student, which has little "
                      "to learn from it; try a better one")

@@ -8,7 +8,6 @@ import dataclasses
 import io
 import itertools
 import json
-import os
 import re
 import shlex
 from pathlib import Path
@@ -23,9 +22,10 @@ from support.errors import UserError
 from support.files import atomic_write, locked
 from support.plots import plot
 from support.settings import flag
-from support.tables import MAY_CHANGE_ON_RESUME, MAY_CHANGE_WITH_SEED, TOUCH_NO_NUMBER
+from support.tables import MAY_CHANGE_ON_RESUME, TOUCH_NO_NUMBER, settings_of
 
-FILES = r"(config\.json|env\.json|metrics\.jsonl|curves\.png|best\.pt|last\.pt)"
+# The temporary files of a process that was killed while it wrote.
+LEFT_OVER = re.compile(r"(config|env|metrics|curves|best|last)\.(jsonl?|png|pt)\.\d+\.tmp")
 
 
 # --- Folders --------------------------------------------------------------------------------------
@@ -35,14 +35,16 @@ def data_name(s):
     return Path(s.data_dir).resolve().name if s.dataset == "folder" else s.dataset
 
 
-def left_overs(folder):
-    """The temporary files of a process that was killed while it wrote."""
-    return [path for path in folder.iterdir() if re.fullmatch(rf"{FILES}\.\d+\.tmp", path.name)]
-
-
 def is_empty(folder):
-    return not {path.name for path in folder.iterdir()} - {
-        "lock", *(path.name for path in left_overs(folder))}
+    return all(path.name == "lock" or LEFT_OVER.fullmatch(path.name) for path in folder.iterdir())
+
+
+def read_config(folder):
+    """The settings in a run folder's config.json; none where that is no such file."""
+    try:
+        return dict(json.loads((folder / "config.json").read_text("utf-8")))
+    except (OSError, ValueError, TypeError):
+        return {}
 
 
 @contextlib.contextmanager
@@ -68,19 +70,17 @@ class Taken(UserError):
 def take(folder, lock, resume=False):
     """`folder`, made where it is missing, and locked as long as the ExitStack `lock` is open.
     Raises Taken, or UserError where nothing can be written there."""
-    above = next(path for path in (folder, *folder.absolute().parents) if path.exists())
-    if not above.is_dir() or not os.access(above, os.W_OK):
-        raise UserError(f"--run-dir {folder}: {above} is no folder that can be written to; give "
-                        "another")
     missing = [path for path in (folder, *folder.parents) if not path.exists()]
     try:
         lock.enter_context(locked(folder / "lock"))
     except filelock.Timeout:
         raise Taken(f"{folder}: another process is training there; wait until it is done, or give "
                     "another --run-dir")
+    except OSError as error:
+        raise UserError(f"--run-dir {folder}: cannot be made ({error.strerror}); give another")
     if not resume and not is_empty(folder):
-        again = ", or --resume to go on" if (folder / "config.json").exists() else ""
-        raise Taken(f"--run-dir {folder}: already holds a run or other files; give another{again}")
+        raise Taken(f"--run-dir {folder}: already holds a run or other files; give another, or "
+                    "--resume to go on")
 
     def tidy():
         """Where nothing was trained, leave no folder that was made here."""
@@ -96,22 +96,14 @@ def take(folder, lock, resume=False):
 def free_folder(s, lock):
     """The first folder for a run with the settings s that is not taken."""
     name = f"runs/{data_name(s)}-{s.method}-{s.student}"
+    ours = settings_of(json.loads(json.dumps(vars(s))))
     for k in itertools.count(1):
         folder = Path(name if k == 1 else f"{name}-{k}") / f"seed{s.seed}"
         if not (folder / "config.json").exists() and all(
-                same_experiment(path, s) for path in folder.parent.glob("*/config.json")):
+                settings_of(read_config(path.parent)) == ours
+                for path in folder.parent.glob("*/config.json")):
             with contextlib.suppress(Taken):
                 return take(folder, lock)
-
-
-def same_experiment(path, s):
-    """Whether the config.json at `path` is of the settings s but for the seed."""
-    try:
-        config = json.loads(path.read_text("utf-8"))
-        return all(config.get(k) == json.loads(json.dumps(v)) for k, v in vars(s).items()
-                   if k not in MAY_CHANGE_WITH_SEED)
-    except (OSError, ValueError, AttributeError):
-        return False
 
 
 def teacher_folder(s, data, mine):
@@ -140,15 +132,20 @@ def reopen(given, run_dir, resolve):
     names = ", ".join(flag(k) for k in given if k not in MAY_CHANGE_ON_RESUME)
     if names:
         raise UserError(f"--resume: {folder} goes on with its own settings; leave out {names}")
+    config = read_config(folder)
     try:
-        s = resolve(json.loads((folder / "config.json").read_text("utf-8")))
-    except (OSError, ValueError, TypeError, AttributeError) as error:
-        raise UserError(f"--resume: {folder} holds no run to go on with (config.json: {error}); "
-                        "start anew with another --run-dir, or remove this one")
+        if not config:
+            raise ValueError("config.json is missing or damaged")
+        s = resolve(config)
+    except (ValueError, TypeError) as error:
+        raise UserError(f"--resume: {folder} holds no run to go on with ({error}); start anew with "
+                        "another --run-dir, or remove this one")
     last, checkpoint = folder / "last.pt", None
     if last.exists():
         checkpoint = load_model(last)[1]
-        if not is_of(checkpoint, s, resolve):
+        theirs = checkpoint.get("settings")
+        if not theirs or any(theirs.get(name, value) != value for name, value in vars(s).items()
+                             if name not in TOUCH_NO_NUMBER):
             raise UserError(f"--resume: {last} is not a checkpoint of this run; put the run's own "
                             "back")
     elif (folder / "metrics.jsonl").exists():
@@ -159,21 +156,7 @@ def reopen(given, run_dir, resolve):
 
 def saved_device(run_dir):
     """The device that the config.json of a run to be resumed says; None where there is none."""
-    try:
-        return json.loads((Path(run_dir) / "config.json").read_text("utf-8")).get("device")
-    except (OSError, ValueError, TypeError, AttributeError):
-        # `reopen` says what is wrong with it.
-        return None
-
-
-def is_of(checkpoint, s, resolve):
-    """Whether a checkpoint is one of the run with the settings s."""
-    try:
-        theirs = resolve(checkpoint["settings"])
-    except (ValueError, TypeError, KeyError, AttributeError):
-        return False
-    ours = {name: getattr(s, name) for name in TOUCH_NO_NUMBER}
-    return dataclasses.replace(theirs, **ours) == s
+    return read_config(Path(run_dir)).get("device") if run_dir else None
 
 
 # --- Files ----------------------------------------------------------------------------------------
@@ -218,8 +201,9 @@ def write_curves(folder):
 def start(folder, s, data, learner):
     """Write config.json and env.json where they are missing, and remove what a killed process left
     half written."""
-    for path in left_overs(folder):
-        path.unlink()
+    for path in folder.iterdir():
+        if LEFT_OVER.fullmatch(path.name):
+            path.unlink()
     if not (folder / "config.json").exists():
         # First, since with it the run can be resumed.
         write_json(folder / "config.json", dataclasses.asdict(s))
@@ -255,11 +239,11 @@ def restore(saved, s, data, learner):
     if saved["teacher_digest"] != learner.teacher_digest:
         raise UserError("--resume: this teacher's weights differ from those that the run "
                         "began with; put the original file back")
-    if saved.get("data", data.digests) not in (data.digests, list(data.digests or ())):
+    if saved["data"] != data.digests:
         raise UserError(f"--data-dir {s.data_dir}: not the images of this run (names or "
                         "pixels differ); put them back, or start anew")
     world = process()[1]
-    if saved.get("processes", world) != world:
+    if saved["processes"] != world:
         print(f"note      begun in {saved['processes']} processes, which give other numbers "
               f"than {world}")
     learner.student.load_state_dict(saved["model"])
@@ -278,21 +262,22 @@ def report_failure(s, folder, history):
     world = process()[1]
     launch = f"torchrun --nproc-per-node {world}" if world > 1 else "python"
     command = f"{launch} train.py --resume --run-dir {shlex.quote(str(folder))}"
+
+    def saved(how=""):
+        there = (folder / "last.pt").exists()
+        return f"epoch {len(history)} is saved{how}" if there else "no epoch is saved"
+    go_on = f": {command} goes on after it"
     try:
         yield
     except BrokenPipeError:
         raise
     except UserError as error:
-        saved = f"epoch {len(history)} is saved" if history else "no epoch was saved"
-        raise UserError(f"{error}; {saved}")
+        raise UserError(f"{error}; {saved()}")
     except KeyboardInterrupt:
-        raise KeyboardInterrupt(f"{command} goes on after epoch {len(history)}")
+        raise KeyboardInterrupt(saved(go_on))
     except OSError as error:
-        saved = "no epoch is saved there"
-        if (folder / "last.pt").exists():
-            saved = f"epoch {len(history)} is safe: {command} goes on after it"
         raise UserError(f"{folder}: cannot write epoch {len(history) + 1} "
-                        f"({error.strerror or error}); {saved}")
+                        f"({error.strerror or error}); {saved(go_on)}")
     except (MemoryError, RuntimeError) as error:
         if memory_is_full(error):
             raise UserError(f"--batch-size {s.batch_size}: the memory is full; try "
@@ -300,7 +285,6 @@ def report_failure(s, folder, history):
         if world == 1:
             raise
         # gloo and nccl raise it once a process of this run is gone, but a device may too.
-        reason = str(error).strip().splitlines()[:1]
+        reason = str(error).partition("\n")[0]
         raise UserError(f"{folder}: another process of this run is gone, or this one failed "
-                        f"({''.join(reason)}); epoch {len(history)} is safe: {command} goes on "
-                        "after it")
+                        f"({reason}); {saved(go_on)}")

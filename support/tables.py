@@ -22,8 +22,9 @@ TOUCH_NO_NUMBER = (*MAY_CHANGE_ON_RESUME, "teacher_checkpoint")
 # Settings in which the seeds of a row may differ.
 MAY_CHANGE_WITH_SEED = {"seed", "amp", *TOUCH_NO_NUMBER}
 # What rows must have in common to be compared. A row without a teacher goes with any teacher.
-COMPARABLE = ("data set", "images", "image size", "measured part", "student", "epochs")
-TEACHER = ("teacher", "teacher's weights")
+# images, teacher_digest: digests that env.json has of the images and of the teacher's weights.
+COMPARABLE = ("dataset", "images", "image_size", "evaluate", "student", "epochs", "teacher",
+              "teacher_digest")
 
 
 # --- Reading runs ---------------------------------------------------------------------------------
@@ -37,22 +38,17 @@ def read_run(folder):
     """(config, epochs) of a run folder. Raises UserError where its files are not train.py's."""
     folder = Path(folder)
     try:
-        config = json.loads((folder / "config.json").read_text())
-        config["evaluate"] = config.get("evaluate") or "test"
+        # The oldest runs had no validation part.
+        config = {"evaluate": "test"} | json.loads((folder / "config.json").read_text())
         epochs = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
-        words = [config.get(k) for k in ("dataset", "student", "teacher", "schedule", "evaluate")]
-        counts = [config.get(k) for k in ("epochs", "gamma", "seed", "image_size")]
-        numbers = [value for row in epochs for value in (row["epoch"], *row.values())]
-        for values, kinds in ((words, (str, type(None))), (counts, (int, type(None))),
-                              (numbers, (int, float))):
-            if not all(isinstance(value, kinds) for value in values):
-                raise ValueError("a value of the wrong type")
-        accuracies = [row.get(top1_of(config), math.nan) for row in epochs]
-        finite = all(map(math.isfinite, accuracies))
+        numbers = [config[k] for k in ("epochs", "gamma", "seed") if config.get(k) is not None]
+        for row in epochs:
+            numbers += [row["epoch"], row[top1_of(config)], *row.values()]
+        if not epochs or not all(map(math.isfinite, numbers)):
+            raise ValueError("metrics.jsonl: empty, or a number is not finite")
     except (OSError, ValueError, AttributeError, KeyError, TypeError, OverflowError) as error:
-        raise UserError(f"{folder}: needs a readable config.json and metrics.jsonl ({error})")
-    if not epochs or not finite:
-        raise UserError(f"{folder / 'metrics.jsonl'}: empty, or not written by train.py")
+        raise UserError(f"{folder}: needs config.json and metrics.jsonl as train.py writes them "
+                        f"({error})")
     return config, epochs
 
 
@@ -66,13 +62,10 @@ def find_runs(folder):
     left out: they hold the teachers that train.py keeps. Raises UserError where there is no run."""
     folder = Path(folder)
     runs = [path.parent.relative_to(folder) for path in folder.rglob("metrics.jsonl")]
-    if Path() in runs:
-        raise UserError(f"--table {folder}: is a run; give the folder that its row is in")
-    if not runs:
-        raise UserError(f"--table {folder}: no metrics.jsonl below it; train.py writes them")
     runs = [run for run in runs if not any(part.startswith("teacher-") for part in run.parts)]
     if not runs:
-        raise UserError(f"--table {folder}: holds teachers only; train a student first")
+        raise UserError(f"--table {folder}: no student's metrics.jsonl below it; train.py writes "
+                        "them")
 
     def in_order(run):
         words = re.split(r"(\d+(?:\.\d+)?)", str(run))
@@ -81,88 +74,78 @@ def find_runs(folder):
             for run in sorted(runs, key=in_order)]
 
 
-def identity(run, config, epochs):
-    """{what: value} of what decides with which rows a run may be compared; None is unknown, or no
-    teacher. The digests of images and weights are those of env.json."""
+def settings_of(config):
+    """{name: value} of the settings that the seeds of a row must share."""
+    return {name: value for name, value in config.items()
+            if value is not None and name not in MAY_CHANGE_WITH_SEED}
+
+
+def digests_of(run):
+    """The digests in a run folder's env.json. Raises UserError where that cannot be read."""
     try:
         env = json.loads((run / "env.json").read_text("utf-8"))
-        images, weights = env.get("data") and tuple(env["data"]), env.get("teacher_digest")
-    except (OSError, ValueError, AttributeError, TypeError):
-        images, weights = None, None
-    values = (config.get("dataset"), images, config.get("image_size"), config["evaluate"],
-              config.get("student"), len(epochs), config.get("teacher"), weights)
-    return dict(zip(COMPARABLE + TEACHER, values))
-
-
-def agree(a, b):
-    """Whether two `identity`s may be compared. What is not known, or no teacher, goes with all."""
-    return all(None in (a[what], b[what]) or a[what] == b[what] for what in a)
-
-
-def merge(a, b):
-    return {what: b[what] if a[what] is None else a[what] for what in a}
+        return dict(images=env.get("data"), teacher_digest=str(env.get("teacher_digest"))[:12])
+    except (OSError, ValueError, AttributeError) as error:
+        raise UserError(f"{run}: needs env.json as train.py writes it ({error})")
 
 
 def make_rows(runs):
-    """(rows, {row: its identity}) of [(row, run folder, config, epochs)]. Raises UserError for a
-    row that mixes experiments, or has a seed twice."""
-    rows, identities = {}, {}
+    """(rows, {row: its values of COMPARABLE, in words}) of [(row, run folder, config, epochs)].
+    Raises UserError for a row that mixes experiments, or has a seed twice."""
+    rows, experiments = {}, {}
     for name, run, config, epochs in runs:
         row, seed = rows.setdefault(name, {}), config.get("seed")
         if seed in row:
             raise UserError(f"{run} is a second run of seed {seed}; keep one")
-        about = identity(run, config, epochs)
-        known = identities.setdefault(name, about)
-        different = [what for what in about if not agree({what: about[what]}, known)]
-        for other, _ in row.values():
-            if any(config.get(k) != other.get(k) for k in {*config, *other} - MAY_CHANGE_WITH_SEED):
-                different.append("settings")
+        mine = settings_of(config) | digests_of(run) | dict(epochs=len(epochs))
+        known = experiments.setdefault(name, mine)
+        different = [key for key in mine | known if mine.get(key) != known.get(key)]
         if different:
             raise UserError(f"{run.parent} mixes runs of different {different[0]}; keep "
                             "the seeds of one experiment in a folder")
-        identities[name], row[seed] = merge(known, about), (config, epochs)
-    return rows, identities
+        row[seed] = config, epochs
+    return rows, {name: tuple(in_words(mine.get(key)) for key in COMPARABLE)
+                  for name, mine in experiments.items()}
 
 
-def group_rows(runs):
-    """[(what is common to its rows, rows)] of [(row, run folder, config, epochs)]: a group for each
-    set of rows that may be compared. A row without a teacher is in the group of each teacher.
-    Raises UserError as `make_rows` does."""
-    rows, identities = make_rows(runs)
-    groups = []
-    # Rows with a teacher first, so that the others find all groups.
-    for name in sorted(rows, key=lambda name: identities[name]["teacher"] is None):
-        about = identities[name]
-        fitting = [group for group in groups if agree(about, group[0])]
-        if not fitting:
-            groups.append([about, [name]])
-        for group in fitting[:1] if about["teacher"] else fitting:
-            group[:] = merge(group[0], about), [*group[1], name]
-    groups = [(common, {name: rows[name] for name in rows if name in names})
-              for common, names in groups]
-    return sorted(groups, key=lambda group: [*rows].index([*group[1]][0]))
+def read_groups(folder):
+    """({values of COMPARABLE: rows}, [a line for each run that is not finished]) of the runs below
+    `folder`: a group for each set of rows that may be compared. A row without a teacher is in the
+    group of each teacher. Raises UserError where a file is damaged, or a row mixes experiments."""
+    finished, unfinished, groups = [], [], {}
+    for name, run in find_runs(folder):
+        config, epochs = read_run(run)
+        if is_finished(config, epochs):
+            finished.append((name, run, config, epochs))
+        else:
+            unfinished.append(f"{run} has {len(epochs)} of {config['epochs']} epochs")
+    rows, identities = make_rows(finished)
+    for name, about in identities.items():
+        taught = [other for other in identities.values()
+                  if other[:-2] == about[:-2] and about[-2] == "None" != other[-2]]
+        for group in taught or [about]:
+            groups.setdefault(group, {})[name] = rows[name]
+    return groups, unfinished
+
+
+def differences_of(groups):
+    """The positions in COMPARABLE at which the groups differ."""
+    return [k for k in range(len(COMPARABLE)) if len({about[k] for about in groups}) > 1]
 
 
 def read_rows(folder):
     """{row: {seed: (config, epochs)}} of the runs below `folder`, all of which may be compared.
     Raises UserError where a run is not finished, or rows may not be compared."""
-    runs = [(name, run, *read_run(run)) for name, run in find_runs(folder)]
-    for _, run, config, epochs in runs:
-        if not is_finished(config, epochs):
-            raise UserError(f"--table: {unfinished(run, config, epochs)}; go on with it, or take "
-                            "it out")
-    groups = group_rows(runs)
+    groups, unfinished = read_groups(folder)
+    if unfinished:
+        raise UserError(f"--table: {unfinished[0]}; go on with it, or take it out")
     if len(groups) > 1:
-        largest = max(groups, key=lambda group: len(group[1]))
-        common, rows = next(group for group in groups if group is not largest)
-        what = next(what for what in common if not agree({what: common[what]}, largest[0]))
-        raise UserError(f"--table {folder}: mixes rows of different {what}, which cannot be "
-                        f"compared; the odd ones: {', '.join(rows)} ({in_words(common[what])})")
-    return groups[0][1]
-
-
-def unfinished(run, config, epochs):
-    return f"{run} has {len(epochs)} of {config['epochs']} epochs"
+        largest = max(groups, key=lambda about: len(groups[about]))
+        odd = next(about for about in groups if about != largest)
+        k = differences_of([odd, largest])[0]
+        raise UserError(f"--table {folder}: mixes rows of different {COMPARABLE[k]}, which cannot "
+                        f"be compared; the odd ones: {', '.join(groups[odd])} ({odd[k]})")
+    return next(iter(groups.values()))
 
 
 def last_top1(row):
@@ -226,7 +209,7 @@ def holm(intervals):
 def markdown(head, lines):
     """A table of a list of headings and lists of cells."""
     return "\n".join(["| " + " | ".join(head) + " |", "|---" * len(head) + "|",
-                      *("| " + " | ".join(cells) + " |" for cells in lines)])
+                      *("| " + " | ".join(map(str, cells)) + " |" for cells in lines)])
 
 
 def interval_cell(found, digits=2):
@@ -245,11 +228,10 @@ def comparison_cells(intervals, digits):
 
 
 def verdict_cell(found, corrected=None):
-    """Better, worse or not known. corrected: Holm's p, which then decides instead of the interval.
-    """
+    """Better, worse or not known. corrected: Holm's p, which then decides instead of its own."""
     if found.p is None:
         return "-" if found.mean is None else "one seed: not known"
-    shown = found.low > 0 or found.high < 0 if corrected is None else corrected < 0.05
+    shown = (found.p if corrected is None else corrected) < 0.05
     verdict = ("better" if found.mean > 0 else "worse") if shown else "no difference shown"
     return verdict + ("" if corrected is None else f" (p = {corrected:.2g})")
 
@@ -259,10 +241,9 @@ def table(rows, against=None):
     `against`; the verdicts are then corrected for their number."""
     config, _ = next(iter(next(iter(rows.values())).values()))
     part, key = config["evaluate"], top1_of(config)
-    above = dict(zip([*rows][1:], rows))
-    partner = {name: above.get(name) if against is None else against for name in rows}
+    partner = dict(zip([*rows][1:], rows)) if against is None else dict.fromkeys(rows, against)
     differences = {name: top1_difference(rows[name], rows[other])
-                   for name, other in partner.items() if other not in (None, name)}
+                   for name, other in partner.items() if other != name}
     p = holm(differences) if against is not None else {}
     lines = []
     for name, row in rows.items():
@@ -271,7 +252,7 @@ def table(rows, against=None):
         best = [max(epoch[key] for epoch in epochs) for _, epochs in row.values()]
         spread = f" ± {last.std(ddof=1):.2f}" if len(row) > 1 else ""
         found = differences.get(name, Interval())
-        lines.append([name, config["student"], str(len(epochs)), str(len(row)),
+        lines.append([name, config["student"], len(epochs), len(row),
                       f"{last.mean():.2f}{spread}", f"{sum(best) / len(best):.2f}",
                       interval_cell(found), verdict_cell(found, p.get(name))])
     made = markdown(
@@ -289,23 +270,20 @@ def table(rows, against=None):
 
 
 def in_words(value):
-    """A setting, or a digest cut short, as it is read in a line."""
+    """A setting, or several, as they are read in a line."""
     if isinstance(value, (list, tuple)):
         return " ".join(map(in_words, value))
-    is_digest = re.fullmatch("[0-9a-f]{12,}", str(value))
-    return f"{value:g}" if isinstance(value, float) else str(value)[:8 if is_digest else None]
+    return f"{value:g}" if isinstance(value, float) else str(value)
 
 
 def differing_settings(rows):
     """Markdown: a line for each row with those of its settings that not all rows share."""
-    configs = {name: next(iter(row.values()))[0] for name, row in rows.items()}
-    first, *others = configs.values()
-    keys = [key for key in dict.fromkeys(key for config in configs.values() for key in config)
-            if key not in MAY_CHANGE_WITH_SEED
-            and any(config.get(key) != first.get(key) for config in others)]
-    lines = [f"- {name}: " + ", ".join(f"{key} {in_words(config[key])}" for key in keys
-                                       if config.get(key) is not None)
-             for name, config in configs.items()]
+    settings = {name: settings_of(next(iter(row.values()))[0]) for name, row in rows.items()}
+    first = next(iter(settings.values()))
+    keys = [key for key in dict.fromkeys(key for mine in settings.values() for key in mine)
+            if any(mine.get(key) != first.get(key) for mine in settings.values())]
+    lines = [f"- {name}: " + ", ".join(f"{key} {in_words(mine[key])}" for key in keys
+                                       if key in mine) for name, mine in settings.items()]
     return "\n".join(["The settings in which the rows differ:", "", *lines]) if keys else ""
 
 
@@ -314,22 +292,17 @@ def tables(folder, against=None):
     compared, or only those that have the row `against`; then the settings in which its rows differ,
     and at the end the runs that are not finished. Raises UserError where a file is damaged, a row
     mixes experiments, or no row is called `against`."""
-    runs = [(name, run, *read_run(run)) for name, run in find_runs(folder)]
-    left_out = [f"Left out: {unfinished(run, config, epochs)}."
-                for _, run, config, epochs in runs if not is_finished(config, epochs)]
-    groups = group_rows([run for run in runs if is_finished(*run[2:])])
+    groups, unfinished = read_groups(folder)
     if against is not None:
-        names = [name for _, rows in groups for name in rows]
-        groups = [group for group in groups if against in group[1]]
-        if not groups:
+        names = dict.fromkeys(name for rows in groups.values() for name in rows)
+        if against not in names:
             raise UserError(f"--against {against}: no such row in {folder}; choose among "
-                            f"{', '.join(dict.fromkeys(names))}")
-    several = [what for what in COMPARABLE + TEACHER
-               if any(not agree({what: common[what]}, groups[0][0]) for common, _ in groups)]
-    blocks = []
-    for common, rows in groups:
+                            f"{', '.join(names)}")
+        groups = {about: rows for about, rows in groups.items() if against in rows}
+    several, blocks = differences_of(groups), []
+    for about, rows in groups.items():
         if several:
-            blocks.append("**" + ", ".join(f"{what} {in_words(common[what])}" for what in several)
-                          + "**")
+            blocks.append(f"**{', '.join(f'{COMPARABLE[k]} {about[k]}' for k in several)}**")
         blocks += [table(rows, against), differing_settings(rows)]
-    return "\n\n".join(block for block in [*blocks, "\n".join(left_out)] if block)
+    blocks.append("\n".join(f"Left out: {run}." for run in unfinished))
+    return "\n\n".join(filter(None, blocks))

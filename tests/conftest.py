@@ -255,8 +255,10 @@ def write_run():
     each of its epochs."""
     def write(folder, accuracies, **config):
         folder.mkdir(parents=True)
-        (folder / "config.json").write_text(json.dumps(dict(student="resnet8") | config))
-        top1 = config.get("evaluate", "test") + "_top1"
+        config = dict(student="resnet8", evaluate="test") | config
+        (folder / "config.json").write_text(json.dumps(config))
+        (folder / "env.json").write_text("{}")
+        top1 = config["evaluate"] + "_top1"
         rows = [json.dumps({"epoch": i, top1: a}) + "\n" for i, a in enumerate(accuracies, 1)]
         (folder / "metrics.jsonl").write_text("".join(rows))
         return folder

@@ -14,6 +14,7 @@ import torch
 from nbclient import NotebookClient
 
 from models import create_model
+from results import pages
 from support import glyphs, tables
 from swap import misclassified
 
@@ -88,7 +89,7 @@ def test_it_runs_from_top_to_bottom(small, monkeypatch):
     (lambda y: torch.randn(len(y), 47) + torch.eye(47)[y], "mistake, the label"),
     (lambda y: torch.eye(47)[torch.zeros_like(y)], "mistake, the label"),
     (lambda y: 9 * torch.eye(47)[(y + 1) % 47] + 4 * torch.eye(47)[y],
-     "a clear mistake, the label second")],
+     "a clear mistake, the label second, no class merged")],
     ids=["good", "poor", "constant", "always second"])
 def test_the_examples_are_chosen_among_what_is_there(teacher, what, capsys):
     labels, names = torch.arange(47).repeat(2), {}
@@ -98,7 +99,8 @@ def test_the_examples_are_chosen_among_what_is_there(teacher, what, capsys):
     images = torch.zeros(len(labels), 3, 4, 4, dtype=torch.uint8)
     z = teacher(labels)
     names |= dict(glyphs=SimpleNamespace(classes=glyphs.CLASSES), z_t=dict(weak=z, strong=z),
-                  y=labels, views=dict(weak=images, strong=images))
+                  y=labels, views=dict(weak=images, strong=images), test_x=images, test_y=labels,
+                  z_test=z)
     for cell in CODE[first:first + 2]:
         exec(cell.source, names)
         plt.close("all")
@@ -120,4 +122,4 @@ def test_missing_logs_name_the_command_that_makes_them(small, monkeypatch):
     cell, = [cell for cell in CODE if "def ladder" in cell.source]
     monkeypatch.chdir(small)
     with pytest.raises(SystemExit, match="python results/run.py glyphs makes the logs"):
-        exec(cell.source, dict(tables=tables, Path=Path))
+        exec(cell.source, dict(tables=tables, Path=Path, KD=pages.KD, WORDS=pages.WORDS))

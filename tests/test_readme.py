@@ -69,7 +69,7 @@ def test_every_command_runs(easy_glyphs, colors, color_teacher, imagenet, publis
                 image = Image.new("RGB", (32, 32), (k, 50, i))
                 image.save(tmp_path / f"cifar/{part}/{k:02d}/{i}.png")
     constant_teacher("resnet56", 100, "cifar100_resnet56.pth")
-    kept = "results/teachers/resnet14/seed0/best.pt"
+    kept = "results/teachers/resnet14/seed1000/best.pt"
     assert kept in (ROOT / "train.py").read_text("utf-8")
     assert command(train, "--method", "ce", "--data-dir", easy_glyphs, "--student", "resnet14",
                    "--epochs", 3, "--lr", 0.1, "--batch-size", 16, "--run-dir",
@@ -153,7 +153,7 @@ def test_what_the_text_says_of_the_experiments():
                 assert (config["teacher"], config["student"]) in (
                     (teacher, student), (None, student)), name
                 assert config["epochs"] == epochs
-    assert ("One resnet14 (not that of the log above) teaches a resnet8 (9 epochs) or a small "
+    assert ("One resnet14 (not that above) teaches a resnet8 (9 epochs) or a small "
             "transformer (ViT, 16 epochs), five seeds each; on CIFAR-100 a public resnet20 teaches "
             "a resnet8 (15 epochs), three seeds, at untuned rates.") in text
     assert (f"characters of {len(glyphs.CLASSES)} classes, rendered at {glyphs.SIDE} pixels"
@@ -161,12 +161,19 @@ def test_what_the_text_says_of_the_experiments():
 
 
 def test_the_worked_row():
-    said = re.search(r"turns the logits (\d+) of 'T' and (\d+) of 'Il' into (\d+) and (\d+)",
-                     " ".join(README.split())).groups()
-    t, il, *after = map(float, said)
-    # The label is 'Il'; another class stays.
-    swapped = swap(torch.tensor([[t, il, 3]]), torch.tensor([1]))
-    assert swapped.tolist() == [[*after, 3]]
+    text = " ".join(README.split())
+    top, read, of_label, label, *after = re.search(
+        r"turns the logits (\d+) of '(\w+)' and (\d+) of '(\w+)' into (\d+) and (\d+)",
+        text).groups()
+    assert f"The label is '{label}'; the teacher reads '{read}'." in text
+    # Another class stays.
+    swapped = swap(torch.tensor([[float(top), float(of_label), 3]]), torch.tensor([1]))
+    assert swapped.tolist() == [[*map(float, after), 3]]
+    # It is the row of the picture above it, which the notebook draws.
+    shown, = re.findall(r"logits: (\S+) of '(\w+)', which is read, and (\S+) of '(\w+)', the label",
+                        (ROOT / "analysis.ipynb").read_text(encoding="utf-8"))
+    assert (f"{float(shown[0]):.0f}", shown[1], f"{float(shown[2]):.0f}", shown[3]) == (
+        top, read, of_label, label)
 
 
 def test_what_the_text_says_of_the_gpu():
@@ -278,13 +285,13 @@ def test_the_sample_output_is_that_of_the_committed_run():
                      for name in re.findall(r"`([^` ]+)`", line)}
     last = rows[-1]["test_top1"], rows[-1]["best_top1"]
     assert f"last epoch {last[0]:.2f} %, best {last[1]:.2f} % (selected on test)" in sample
-    teacher = read_run(ROOT / "results/teachers/resnet14/seed0")[1][-1]["test_top1"]
+    teacher = read_run(ROOT / "results/teachers/resnet14/seed1000")[1][-1]["test_top1"]
     assert f"{teacher:.2f} % test top-1" in sample
     text = " ".join(README.split())
     wrong = rows[0]["swap_teacher_weak"]
     assert f"So {wrong:.2f} % wrong and {teacher:.2f} % right belong to one teacher" in text
     minutes = sum(row["seconds"] for row in rows) / 60
-    assert f"It took {minutes:.1f} minutes (float32, two cores of an Intel Xeon)" in text
+    assert f"Training took {minutes:.1f} minutes (float32, two cores of an Intel Xeon)" in text
     env = json.loads((ROOT / "results/default-run/sld/seed0/env.json").read_text("utf-8"))
     assert (env["device_name"], env["threads"]) == ("Intel(R) Xeon(R) Processor", 2)
 

@@ -339,9 +339,11 @@ def test_the_readmes_way_to_a_new_objective(monkeypatch):
 
 def test_a_table_of_a_single_run(short, command):
     train.run(short(epochs=1), "run")
-    refused(command(evaluation, "--table", "run"), "--table run: is a run")
+    for folder, row in (("run", "."), (".", "run")):
+        status, out, _ = command(evaluation, "--table", folder)
+        assert status == 0 and f"| {row} | resnet8 | 1 | 1 | " in out
     Path("run/config.json").write_text("[]")
-    refused(command(evaluation, "--table", "."), "readable config.json")
+    refused(command(evaluation, "--table", "."), "needs config.json")
 
 
 def test_flags_of_pretrained_without_effect(command):

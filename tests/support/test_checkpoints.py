@@ -73,11 +73,8 @@ def test_which_of_two_sets_of_weights_is_taken_is_said(tmp_path, colors, capsys)
     ("half", torch.Tensor.half, 1e-3), ("bfloat16", torch.Tensor.bfloat16, 1e-2),
     ("double", torch.Tensor.double, 0), ("parameter", torch.nn.Parameter, 0),
     ("float8_e4m3", lambda w: w.to(torch.float8_e4m3fn), 0.07),
-    ("float8_e5m2", lambda w: w.to(torch.float8_e5m2), 0.13),
-    ("sparse", torch.Tensor.to_sparse, 0), ("sparse rows", torch.Tensor.to_sparse_csr, 0),
-    ("sparse half", lambda w: w.half().to_sparse(), 1e-3),
-    ("quantised", lambda w: torch.quantize_per_tensor(w, 1e-3, 0, torch.qint32), 1e-3)])
-def test_real_numbers_of_any_precision_and_layout_are_taken(tmp_path, kind, change, error):
+    ("float8_e5m2", lambda w: w.to(torch.float8_e5m2), 0.13)])
+def test_real_numbers_of_any_precision_are_taken(tmp_path, kind, change, error):
     state = create_model("resnet8", 5).state_dict()
     weight = state["fc.weight"]
     torch.save(state | {"fc.weight": change(weight)}, tmp_path / "x.pt")
@@ -87,15 +84,14 @@ def test_real_numbers_of_any_precision_and_layout_are_taken(tmp_path, kind, chan
 
 
 @pytest.mark.parametrize("change, why", [
-    (lambda w: w.to("meta"), "holds no numbers, since it is on the device meta"),
-    (lambda w: w.to(torch.complex64), "holds complex numbers"),
+    (lambda w: w.to(torch.complex64), "holds torch.complex64, not weights"),
     (lambda w: w.to(torch.int8), "holds torch.int8, not weights"),
     (lambda w: w > 0, "holds torch.bool, not weights"),
     (lambda w: torch.zeros(w.shape, dtype=torch.uint8).view(torch.bits8), "holds torch.bits8"),
+    (lambda w: torch.quantize_per_tensor(w, 1e-3, 0, torch.qint32), "holds torch.qint32, not w"),
     # Infinite in float32.
     (lambda w: w.double() * 1e300, "holds NaN or infinity"),
-    (lambda w: (w * float("nan")).to(torch.float8_e4m3fn), "holds NaN or infinity"),
-    (lambda w: (w * float("nan")).to_sparse(), "holds NaN or infinity")])
+    (lambda w: (w * float("nan")).to(torch.float8_e4m3fn), "holds NaN or infinity")])
 def test_what_is_no_real_number_is_refused_by_name(tmp_path, change, why):
     state = create_model("resnet8", 5).state_dict()
     torch.save(state | {"fc.weight": change(state["fc.weight"])}, tmp_path / "x.pt")
@@ -104,22 +100,27 @@ def test_what_is_no_real_number_is_refused_by_name(tmp_path, change, why):
     assert "\n" not in str(refusal.value)
 
 
-def test_ragged_rows_are_refused(tmp_path):
+@pytest.mark.parametrize("change", [
+    lambda w: w.to("meta"), torch.Tensor.to_sparse, torch.Tensor.to_sparse_csr,
+    lambda w: torch.nested.nested_tensor([torch.ones(3), torch.ones(2)])])
+def test_what_cannot_be_copied_is_refused(tmp_path, change):
     state = create_model("resnet8", 5).state_dict()
-    rows = torch.nested.nested_tensor([torch.ones(3), torch.ones(2)])
-    torch.save(state | {"fc.weight": rows}, tmp_path / "x.pt")
+    torch.save(state | {"fc.weight": change(state["fc.weight"])}, tmp_path / "x.pt")
     # Some versions of torch do not load them.
-    with pytest.raises(UserError, match="x.pt: (fc.weight holds ragged|not a PyTorch)"):
+    with pytest.raises(UserError, match="x.pt: (does not fit a resnet8|not a PyTorch)") as refusal:
         load_model(tmp_path / "x.pt", "resnet8")
+    assert "\n" not in str(refusal.value)
 
 
 @pytest.mark.parametrize("content, why", [
-    (lambda s: {"model": s, "odd": Tuple([1])}, r"it holds test_checkpoints\.Tuple\)"),
-    (lambda s: create_model("resnet8", 5), r"it holds .*models\.BasicBlock"),
-    (lambda s: {"weights": s}, "no classifier weights .*first names: weights")])
+    (lambda s: {"model": s, "odd": Tuple([1])}, "tensors and plain types, .* state_dict() alone"),
+    (lambda s: create_model("resnet8", 5), "tensors and plain types, .* state_dict() alone"),
+    (lambda s: {"weights": s}, "no classifier weights .*first names: weights"),
+    (lambda s: s | {"fc.extra": torch.zeros(1)}, 'does not fit a resnet8 .*"fc.extra"'),
+    (lambda s: s | {"conv1.weight": torch.zeros(4)}, "does not fit a resnet8 .*conv1.weight")])
 def test_a_refusal_says_what_was_in_the_way(tmp_path, content, why):
     torch.save(content(create_model("resnet8", 5).state_dict()), tmp_path / "x.pt")
-    with pytest.raises(UserError, match=f"x.pt: .*{why}"):
+    with pytest.raises(UserError, match=f"x.pt: .*{why.replace('()', '..')}"):
         load_model(tmp_path / "x.pt", "resnet8")
 
 

@@ -63,7 +63,7 @@ def test_where_there_is_no_compiler(base, command, color_teacher, monkeypatch):
     monkeypatch.setattr(torch, "compile", compile)
     refused(command(train, *base, "--teacher-checkpoint", color_teacher, "--compile"),
             "--compile: torch.compile does not work here (backend='inductor' raised: "
-            "InvalidCxxCompiler: none found); leave it out; no epoch was saved")
+            "InvalidCxxCompiler: none found); leave it out; no epoch is saved")
 
 
 @pytest.mark.slow

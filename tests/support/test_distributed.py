@@ -48,7 +48,7 @@ def test_the_error_of_a_device_is_not_hidden(monkeypatch):
     """Any RuntimeError may mean that another process is gone, so its own words are said too."""
     monkeypatch.setattr(runs, "process", lambda: (0, 2))
     s = train.resolve(train.Settings())
-    with (pytest.raises(UserError, match=r"\(CUDA error: device-side assert\); epoch 0 is safe"),
+    with (pytest.raises(UserError, match=r"\(CUDA error: device-side assert\); no epoch is saved"),
           runs.report_failure(s, Path("run"), [])):
         raise RuntimeError("CUDA error: device-side assert\nCUDA kernel errors might be")
 

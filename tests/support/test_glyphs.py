@@ -57,3 +57,20 @@ def test_a_damaged_cache_of_glyphs_is_rendered_anew(easy_glyphs, content, capsys
     assert "rendering" in capsys.readouterr().out
     parts = zip(whole.train + whole.test, again.train + again.test)
     assert all(torch.equal(a, b) for a, b in parts)
+
+
+def test_a_fifth_of_the_labels_can_be_wrong():
+    labels = torch.arange(47).repeat(5000)
+    found = glyphs.mislabelled(labels)
+    wrong = found != labels
+    assert abs(wrong.float().mean() - 0.2) < 0.01 and found.min() >= 0 and found.max() < 47
+    # Every class is taken for every other.
+    assert len(set(zip(labels[wrong].tolist(), found[wrong].tolist()))) == 47 * 46
+
+
+def test_only_training_labels_are_wrong(easy_glyphs):
+    clean, noisy = (data.load(name, easy_glyphs) for name in ("glyphs", "glyphs-noisy"))
+    assert torch.equal(clean.train[0], noisy.train[0])
+    assert torch.equal(clean.test[1], noisy.test[1])
+    assert torch.equal(noisy.train[1], glyphs.mislabelled(clean.train[1]))
+    assert not torch.equal(noisy.train[1], clean.train[1])

@@ -48,7 +48,7 @@ def test_the_seeds_of_a_row_are_drawn_as_their_mean(tmp_path, write_run, command
     # But not what are no seeds of one experiment.
     write_run(tmp_path / "row/seed2", [50, 66], seed=2, lr=0.3)
     status, _, err = command(evaluation, "--plot", tmp_path / "row")
-    assert status == 2 and "row mixes runs of different settings" in err and err.count("\n") == 1
+    assert status == 2 and "row mixes runs of different lr" in err and err.count("\n") == 1
 
 
 def test_a_folder_whose_name_is_no_text(tmp_path, write_run):

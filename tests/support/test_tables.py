@@ -97,15 +97,15 @@ def write_kd(write_run, folder, change, whole_row):
 
 
 @pytest.mark.parametrize("change, culprit", [
-    (dict(lr=0.025), "2-kd mixes runs of different settings"),
+    (dict(lr=0.025), "2-kd mixes runs of different lr"),
     (dict(seed=0), "second run of seed 0"),
-    (dict(dataset="cifar10"), "different data set"),
-    (dict(image_size=32), "different image size"),
+    (dict(dataset="cifar10"), "different dataset"),
+    (dict(image_size=32), "different image_size"),
     (dict(student="resnet20"), "different student"),
     (dict(teacher="resnet56"), "different teacher"),
-    (dict(digest="b"), "different teacher's weights"),
+    (dict(digest="b"), "different teacher_digest"),
     (dict(accuracies=[50, 55, 60]), "different epochs"),
-    (dict(evaluate="val"), "different measured part")], ids=lambda value: str(value))
+    (dict(evaluate="val"), "different evaluate")], ids=lambda value: str(value))
 def test_a_row_does_not_mix_experiments(tmp_path, write_run, command, change, culprit):
     write_kd(write_run, tmp_path, change, whole_row=False)
     status, _, err = command(evaluation, "--table", tmp_path)
@@ -116,10 +116,10 @@ def test_a_row_does_not_mix_experiments(tmp_path, write_run, command, change, cu
 
 
 @pytest.mark.parametrize("change, what", [
-    (dict(dataset="cifar10"), "data set"), (dict(image_size=32), "image size"),
+    (dict(dataset="cifar10"), "dataset"), (dict(image_size=32), "image_size"),
     (dict(student="resnet20"), "student"), (dict(teacher="resnet56"), "teacher"),
-    (dict(digest="b"), "teacher's weights"), (dict(accuracies=[50, 55, 60]), "epochs"),
-    (dict(evaluate="val"), "measured part")], ids=lambda value: str(value))
+    (dict(digest="b"), "teacher_digest"), (dict(accuracies=[50, 55, 60]), "epochs"),
+    (dict(evaluate="val"), "evaluate")], ids=lambda value: str(value))
 def test_rows_that_may_not_be_compared_have_a_table_each(tmp_path, write_run, command, change,
                                                          what):
     write_kd(write_run, tmp_path, change, whole_row=True)
@@ -181,7 +181,7 @@ def test_rows_of_one_name_in_two_folders_are_two_rows(tmp_path, write_run, comma
 
 @pytest.mark.parametrize("accuracies, config, culprit", [
     ([50, 60], dict(epochs=240), "has 2 of 240 epochs"), ([50, math.nan], {}, "metrics.jsonl"),
-    ([50, "60"], {}, "metrics.jsonl"), ([50, 60], dict(image_size=32), "different image size")])
+    ([50, "60"], {}, "metrics.jsonl"), ([50, 60], dict(image_size=32), "different image_size")])
 def test_the_table_refuses_what_is_no_result(tmp_path, write_run, command, accuracies, config,
                                              culprit):
     write_run(tmp_path / "1-ce/seed0", [50, 60], seed=0, image_size=16)
