@@ -1,8 +1,12 @@
+import itertools
 import json
+import multiprocessing
 import os
+import shutil
 import sys
 import urllib.error
 from pathlib import Path
+from types import SimpleNamespace
 
 # Tiny convolutions do not gain from threads, and other tests run beside. Also for child processes.
 os.environ["OMP_NUM_THREADS"] = "1"
@@ -16,7 +20,7 @@ from PIL import Image
 sys.path.insert(0, str(Path(__file__).parent.parent))
 
 import train
-from support import glyphs
+from support import glyphs, plots, report, runs
 
 ROOT = Path(__file__).parent.parent
 
@@ -57,6 +61,27 @@ def own_folder_and_seed(tmp_path, monkeypatch):
     """Every test has its own runs/ and its own random numbers."""
     monkeypatch.chdir(tmp_path)
     torch.manual_seed(0)
+
+
+@pytest.fixture(autouse=True)
+def quick_ends(monkeypatch):
+    """The curves of a run are computed but not painted, a network is timed by a clock that goes a
+    tenth of a second a reading, and nothing waits for the disk: each would take longer than the
+    training in most tests."""
+    def unpainted(folders):
+        figure = plots.plot(folders)
+        figure.savefig = lambda file: file.write(b"unpainted")
+        return figure
+    monkeypatch.setattr(runs, "plot", unpainted)
+    ticks = itertools.count(0, 0.1)
+    monkeypatch.setattr(report, "time", SimpleNamespace(perf_counter=lambda: next(ticks)))
+    monkeypatch.setattr(os, "fsync", lambda file: None)
+
+
+@pytest.fixture
+def painted(quick_ends, monkeypatch):
+    """Runs paint their curves."""
+    monkeypatch.setattr(runs, "plot", plots.plot)
 
 
 @pytest.fixture(scope="session")
@@ -102,7 +127,7 @@ def color_teacher(colors, tmp_path_factory):
     return folder / "last.pt"
 
 
-@pytest.fixture
+@pytest.fixture(scope="session")
 def short(colors, color_teacher):
     """Settings of a run that takes a second, to be changed with keyword arguments."""
     def make(**changes):
@@ -120,6 +145,43 @@ def base(colors):
     return ("--dataset", "folder", "--data-dir", colors, "--image-size", 16, "--student", "resnet8",
             "--teacher", "resnet8", "--device", "cpu", "--epochs", 2, "--batch-size", 32,
             "--run-dir", "run")
+
+
+@pytest.fixture(scope="session")
+def kept_run(colors, color_teacher, tmp_path_factory):
+    """A folder with photos/, a copy of `colors`, and run/, an sld run on it of two epochs."""
+    folder = tmp_path_factory.mktemp("kept")
+    shutil.copytree(colors, folder / "photos")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(folder)
+        train.run(train.Settings(dataset="folder", data_dir="photos", image_size=16,
+                                 student="resnet8", teacher="resnet8", epochs=2, batch_size=32,
+                                 teacher_checkpoint=str(color_teacher), device="cpu"), "run")
+    return folder
+
+
+@pytest.fixture
+def trained(kept_run, tmp_path):
+    """A copy of that run, of its images and of what was decoded, in the test's own folder: run/."""
+    shutil.copytree(kept_run, tmp_path, dirs_exist_ok=True)
+    return tmp_path / "run"
+
+
+@pytest.fixture(scope="session")
+def forked():
+    """The context of multiprocessing whose processes have imported train.py when they start."""
+    if "forkserver" not in multiprocessing.get_all_start_methods():
+        return multiprocessing.get_context("spawn")
+    # Not on every system.
+    from multiprocessing import forkserver
+
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(["conftest", "matplotlib.pyplot"])
+    with pytest.MonkeyPatch.context() as patch:
+        # Where the server, which all tests share, finds the module.
+        patch.setenv("PYTHONPATH", str(ROOT / "tests"))
+        forkserver.ensure_running()
+    return context
 
 
 @pytest.fixture

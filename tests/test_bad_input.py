@@ -308,43 +308,35 @@ def test_no_damage_to_a_checkpoint_gets_past_the_door(color_teacher, tmp_path):
     ("config.json", "{", "no run"), ("config.json", "[]", "no run"),
     ("config.json", '{"method": "sld", "temperature": 3}', "no run"),
     ("last.pt", "", "last.pt"), ("last.pt", "PK", "last.pt")])
-def test_a_damaged_run_is_not_resumed(command, base, color_teacher, tmp_path, name, content,
-                                      culprit):
-    assert command(train, *base, "--teacher-checkpoint", color_teacher)[0] == 0
-    (tmp_path / "run" / name).write_text(content)
+def test_a_damaged_run_is_not_resumed(trained, command, name, content, culprit):
+    (trained / name).write_text(content)
     refused(command(train, "--resume", "--run-dir", "run"), culprit)
 
 
-def test_a_foreign_file_in_the_place_of_the_checkpoint(command, base, color_teacher, tmp_path):
-    assert command(train, *base, "--teacher-checkpoint", color_teacher)[0] == 0
-    shutil.copy(tmp_path / "run/best.pt", tmp_path / "run/last.pt")
+def test_a_foreign_file_in_the_place_of_the_checkpoint(trained, command):
+    shutil.copy(trained / "best.pt", trained / "last.pt")
     refused(command(train, "--resume", "--run-dir", "run"), "last.pt")
 
 
 @pytest.mark.parametrize("content", ["", "{", "[1, 2]\n", '{"epoch": 1}\n'])
-def test_a_table_of_damaged_logs(command, base, color_teacher, tmp_path, content):
-    assert command(train, *base, "--teacher-checkpoint", color_teacher)[0] == 0
-    (tmp_path / "run/metrics.jsonl").write_text(content)
+def test_a_table_of_damaged_logs(trained, command, tmp_path, content):
+    (trained / "metrics.jsonl").write_text(content)
     refused(command(evaluation, "--table", tmp_path), "run")
 
 
-def test_data_that_went_away(command, base, colors, color_teacher, tmp_path):
-    shutil.copytree(colors, "gone")
-    arguments = (*base, "--data-dir", "gone", "--teacher-checkpoint", color_teacher)
-    assert command(train, *arguments)[0] == 0
-    shutil.rmtree("gone")
-    refused(command(evaluation, "run/last.pt"), "gone")
-    refused(command(train, "--resume", "--run-dir", "run"), "gone")
+def test_data_that_went_away(trained, command):
+    shutil.rmtree("photos")
+    refused(command(evaluation, "run/last.pt"), "--data-dir photos: no such folder")
+    refused(command(train, "--resume", "--run-dir", "run"), "--data-dir photos: no such folder")
 
 
-def test_a_run_is_never_written_over(command, base, color_teacher, tmp_path):
+def test_a_run_is_never_written_over(trained, command, base, color_teacher):
     arguments = (*base, "--teacher-checkpoint", color_teacher)
-    assert command(train, *arguments)[0] == 0
-    before = {path.name: path.read_bytes() for path in (tmp_path / "run").iterdir()}
+    before = {path.name: path.read_bytes() for path in trained.iterdir()}
     refused(command(train, *arguments), "run: already holds a run")
     changed = ("--resume", "--run-dir", "run", "--lr", 0.3, "--seed", 4)
     refused(command(train, *changed), "leave out --lr, --seed")
-    assert {path.name: path.read_bytes() for path in (tmp_path / "run").iterdir()} == before
+    assert {path.name: path.read_bytes() for path in trained.iterdir()} == before
     # Also where they are the run's own.
     refused(command(train, "--resume", *arguments), "leave out --dataset, --student, --teacher, ")
     assert command(train, "--resume", "--run-dir", "run", "--device", "cpu")[0] == 0
@@ -369,16 +361,14 @@ def test_eval_of_a_foreign_file_asks_for_what_is_missing(command, tmp_path, colo
     refused(command(evaluation, "bare.pt", "--model", "resnet8"), "--dataset")
 
 
-def test_a_checkpoint_of_another_run_is_not_resumed(command, base, color_teacher, tmp_path):
-    arguments = (*base, "--teacher-checkpoint", color_teacher)
-    assert command(train, *arguments)[0] == 0
-    assert command(train, *arguments, "--seed", 1, "--run-dir", "other")[0] == 0
+def test_a_checkpoint_of_another_run_is_not_resumed(trained, command, base, color_teacher):
+    assert command(train, *base, "--teacher-checkpoint", color_teacher, "--data-dir", "photos",
+                   "--seed", 1, "--run-dir", "other")[0] == 0
     shutil.copy("other/last.pt", "run/last.pt")
     refused(command(train, "--resume", "--run-dir", "run"), "last.pt is not a checkpoint of this")
 
 
-def test_a_run_without_its_checkpoint_is_not_started_over(command, base, color_teacher):
-    assert command(train, *base, "--teacher-checkpoint", color_teacher)[0] == 0
+def test_a_run_without_its_checkpoint_is_not_started_over(trained, command):
     os.remove("run/last.pt")
     before = {path.name: path.read_bytes() for path in Path("run").iterdir()}
     refused(command(train, "--resume", "--run-dir", "run"), "last.pt is gone")

@@ -6,7 +6,6 @@ Three in the suite; as many as you like with
 """
 import errno
 import json
-import multiprocessing
 import os
 import random
 import shutil
@@ -59,15 +58,11 @@ def child(folder, arguments, slow, limit):
 
 
 @pytest.fixture
-def start(tmp_path, colors, color_teacher):
+def start(tmp_path, colors, color_teacher, forked):
     """start(*arguments) -> a child that trains sld on `colors` in tmp_path/run.
 
     Four epochs, two of them with the student swap.
     """
-    spawn = "forkserver" if "forkserver" in multiprocessing.get_all_start_methods() else "spawn"
-    context = multiprocessing.get_context(spawn)
-    if spawn == "forkserver":
-        context.set_forkserver_preload(["torch", "torchvision", "matplotlib"])
     fresh = ("--dataset", "folder", "--data-dir", colors, "--image-size", 16,
              "--student", "resnet8", "--teacher", "resnet8", "--teacher-checkpoint", color_teacher,
              "--epochs", 4, "--batch-size", 16, "--device", "cpu", "--run-dir", "run")
@@ -77,7 +72,7 @@ def start(tmp_path, colors, color_teacher):
         resume = arguments == ("--resume",)
         arguments = ("--resume", "--run-dir", "run") if resume else (*fresh, *arguments)
         arguments = [str(a) for a in arguments]
-        process = context.Process(target=child, args=(folder, arguments, slow, limit))
+        process = forked.Process(target=child, args=(folder, arguments, slow, limit))
         process.start()
         children.append(process)
         return process
@@ -198,12 +193,18 @@ def test_a_file_that_cannot_grow(start, tmp_path):
     assert finish(start("--resume")) == 0
 
 
+@pytest.fixture(scope="module")
+def whole(short, tmp_path_factory):
+    """The history of a run that nothing disturbs."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(tmp_path_factory.mktemp("whole"))
+        return train.run(short(), "run")
+
+
 @pytest.mark.parametrize("kind", [errno.ENOSPC, errno.EROFS, errno.EACCES, "deleted"], ids=[
     "full disk", "read-only file system", "no permission", "deleted run folder"])
 @pytest.mark.parametrize("at", ["last.pt", "metrics.jsonl"])
-def test_a_disk_that_fails_in_mid_run(short, command, monkeypatch, tmp_path, kind, at):
-    whole = train.run(short(), "whole")
-
+def test_a_disk_that_fails_in_mid_run(short, whole, monkeypatch, kind, at):
     class Failing(SlowFile):
         def __init__(self, path, mode):
             if kind in (errno.EROFS, errno.EACCES) and self.due(path):
@@ -237,8 +238,8 @@ def test_a_disk_that_fails_in_mid_run(short, command, monkeypatch, tmp_path, kin
     assert [row["loss"] for row in again] == [row["loss"] for row in whole]
 
 
-def test_lost_metrics_come_back_from_the_checkpoint(short):
-    history = train.run(short(), "run")
+def test_lost_metrics_come_back_from_the_checkpoint(trained):
+    history = [json.loads(line) for line in open("run/metrics.jsonl")]
     os.remove("run/metrics.jsonl")
     train.run(train.Settings(), "run", resume=True)
     assert [json.loads(line) for line in open("run/metrics.jsonl")] == history
@@ -248,11 +249,11 @@ def test_two_runs_in_one_folder(start, tmp_path):
     (tmp_path / "second").mkdir()
     # So that each has its own output.
     (tmp_path / "second/run").symlink_to(tmp_path / "run", target_is_directory=True)
-    first = start("--epochs", 30)
+    first = start("--epochs", 12)
     wait_for(tmp_path / "run/last.pt", first)
     assert finish(start("--resume", folder=tmp_path / "second")) == 2
     one_line(tmp_path / "second", "run: another process is training there")
-    assert finish(first) == 0 and len(result(tmp_path)[0]) == 30
+    assert finish(first) == 0 and len(result(tmp_path)[0]) == 12
 
 
 def test_two_runs_that_start_at_once(start, tmp_path):

@@ -2,7 +2,6 @@
 import json
 import os
 import re
-import signal
 import socket
 import subprocess
 import sys
@@ -11,13 +10,13 @@ from pathlib import Path
 
 import pytest
 import torch
+from conftest import ROOT
+from test_reliability import FOREVER, finish, wait_for
 
 import data
+import models
 import train
 
-ROOT = Path(__file__).parent.parent
-# Seconds: long enough for a machine that is busy with something else.
-FOREVER = 300
 pytestmark = pytest.mark.slow
 
 
@@ -33,50 +32,60 @@ class NoNorm(torch.nn.Module):
         return self.fc(self.conv(x).relu().mean((2, 3)))
 
 
-CHILD = """
-import sys
-sys.path[:0] = [{root!r}, {tests!r}]
-import torch, models, train, test_torchrun
-torch.set_num_threads(1)
-models.MODELS["nonorm"] = (test_torchrun.NoNorm, {{}})
-train.main()
-"""
+def child(folder, environment, words, prepare):
+    """train.py's main() in a process of its own. It prints to folder/out<its id> and folder/err…"""
+    os.environ |= environment
+    os.chdir(folder)
+    for number, name in ((1, "out"), (2, "err")):
+        # Gloo does not print by way of Python.
+        os.dup2(os.open(f"{name}{os.getpid()}", os.O_CREAT | os.O_WRONLY), number)
+    sys.argv = ["train.py", *words]
+    torch.set_num_threads(1)
+    models.MODELS["nonorm"] = (NoNorm, {})
+    prepare()
+    train.main()
+
+
+def nothing():
+    pass
 
 
 @pytest.fixture
-def start(tmp_path, colors, color_teacher):
+def start(tmp_path, colors, color_teacher, forked):
     """start(*flags, world=2) -> the processes of one run of sld on `colors` in tmp_path/run."""
     started = []
     flags = ("--dataset", "folder", "--data-dir", colors, "--image-size", 16, "--student",
              "nonorm", "--teacher", "resnet8", "--teacher-checkpoint", color_teacher, "--epochs", 1,
              "--batch-size", 50, "--device", "cpu", "--no-amp", "--run-dir")
 
-    def begin(*more, folder="run", world=2, resume=False, code=CHILD, without=()):
+    def begin(*more, folder="run", world=2, resume=False, prepare=nothing, without=()):
         with socket.socket() as free:
             free.bind(("127.0.0.1", 0))
             port = free.getsockname()[1]
-        code = code.format(root=str(ROOT), tests=str(ROOT / "tests"))
         words = ("--resume", "--run-dir") if resume else flags
         for flag in without:
             at = words.index(flag)
             words = words[:at] + words[at + 2:]
-        command = [sys.executable, "-c", code, *map(str, words), folder, *map(str, more)]
+        words = [*map(str, words), folder, *map(str, more)]
         for rank in range(world):
-            env = os.environ | dict(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(world),
-                                    MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
-            started.append(subprocess.Popen(command, env=env, cwd=tmp_path, text=True,
-                                            stdout=subprocess.PIPE, stderr=subprocess.PIPE))
+            environment = dict(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(world),
+                               MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
+            process = forked.Process(target=child, args=(tmp_path, environment, words, prepare))
+            process.start()
+            started.append(process)
         return started[-world:]
     yield begin
     for process in started:
         process.kill()
-        process.communicate()
+        process.join()
 
 
-def ends(processes):
-    """(status, standard output, standard error) of each."""
-    return [(process.wait(), out, err) for process in processes
-            for out, err in [process.communicate(timeout=FOREVER)]]
+@pytest.fixture
+def ends(tmp_path):
+    """ends(processes) -> (status, standard output, standard error) of each."""
+    return lambda processes: [
+        (finish(process), *((tmp_path / f"{name}{process.pid}").read_text()
+                            for name in ("out", "err"))) for process in processes]
 
 
 def weights(folder):
@@ -84,7 +93,7 @@ def weights(folder):
 
 
 @pytest.mark.parametrize("world", [3])
-def test_an_epoch_is_that_of_one_process(start, tmp_path, world):
+def test_an_epoch_is_that_of_one_process(start, ends, tmp_path, world):
     """120 images in batches of 50, a tail of 20; 50 is no multiple of 3."""
     one, = ends(start(folder="one", world=1))
     first, *others = ends(start(world=world))
@@ -116,50 +125,38 @@ def test_the_shares_are_the_batches(colors):
                 assert torch.equal(own_view, view[list(rows)])
 
 
-def test_resume_is_exact_for_the_same_number_of_processes(start, tmp_path):
+def test_resume_is_exact_for_the_same_number_of_processes(start, ends, tmp_path):
     assert [end[0] for end in ends(start("--epochs", 4, folder="whole"))] == [0, 0]
     processes = start("--epochs", 4)
     wait_for(tmp_path / "run/last.pt", processes[0])
     for process in processes:
-        process.send_signal(signal.SIGTERM)
+        process.terminate()
     ends(processes)
     assert [end[0] for end in ends(start(resume=True))] == [0, 0]
     whole, run = weights(tmp_path / "whole"), weights(tmp_path / "run")
     assert all(torch.equal(whole[k], run[k]) for k in whole)
 
 
-SLOW_TEACHER = """
-import sys, time
-sys.path[:0] = [{root!r}, {tests!r}]
-import torch, train
-torch.set_num_threads(1)
-train.RECIPES["folder", "sgd"]["epochs"] = 2
-save, get_teacher = train.runs.save, train.get_teacher
-train.runs.save = lambda *a: time.sleep(1) or save(*a)
-def seen(*a):
-    teacher, digest = get_teacher(*a)
-    open(f"digest{{train.process()[0]}}", "w").write(digest)
-    return teacher, digest
-train.get_teacher = seen
-train.main()
-"""
+def slow_teacher():
+    train.RECIPES["folder", "sgd"]["epochs"] = 2
+    save, get_teacher = train.runs.save, train.get_teacher
+    train.runs.save = lambda *a: time.sleep(1) or save(*a)
+
+    def seen(*a):
+        teacher, digest = get_teacher(*a)
+        Path(f"digest{train.process()[0]}").write_text(digest)
+        return teacher, digest
+    train.get_teacher = seen
 
 
-def test_all_learn_from_the_teacher_of_the_last_epoch(start, tmp_path):
-    statuses = ends(start("--student", "resnet8", code=SLOW_TEACHER,
+def test_all_learn_from_the_teacher_of_the_last_epoch(start, ends, tmp_path):
+    statuses = ends(start("--student", "resnet8", prepare=slow_teacher,
                           without=["--teacher-checkpoint"]))
     assert [end[0] for end in statuses] == [0, 0], statuses
     assert (tmp_path / "digest0").read_text() == (tmp_path / "digest1").read_text()
 
 
-def wait_for(path, process):
-    deadline = time.monotonic() + FOREVER
-    while not path.exists():
-        assert time.monotonic() < deadline and process.poll() is None, f"{path} never came"
-        time.sleep(0.01)
-
-
-def test_a_process_that_dies_ends_the_run(start, tmp_path):
+def test_a_process_that_dies_ends_the_run(start, ends, tmp_path):
     processes = start("--epochs", 400)
     wait_for(tmp_path / "run/last.pt", processes[0])
     processes[1].kill()
@@ -169,13 +166,12 @@ def test_a_process_that_dies_ends_the_run(start, tmp_path):
     assert torch.load(tmp_path / "run/last.pt", weights_only=True)["history"]
 
 
-@pytest.mark.parametrize("which", [0, 1])
-def test_the_readmes_commands(colors, color_teacher, tmp_path, which):
+def test_the_readmes_commands(colors, color_teacher, tmp_path):
+    """The words of both in one, of which the last of a flag counts."""
     readme = (ROOT / "README.md").read_text("utf-8")
     lines = re.findall(r"^torchrun ([^#\n]*) train.py ([^#\n]*)", readme, re.M)
     assert len(lines) == 2
-    processes, flags = (part.split() for part in lines[which])
-    # The last of a flag counts.
+    processes, flags = (" ".join(parts).split() for parts in zip(*lines))
     shorter = ("--dataset", "folder", "--data-dir", colors, "--image-size", 16, "--epochs", 1,
                "--student", "resnet8", "--teacher", "resnet8", "--teacher-checkpoint",
                color_teacher)
@@ -187,22 +183,22 @@ def test_the_readmes_commands(colors, color_teacher, tmp_path, which):
     assert len(list((tmp_path / "runs").iterdir())) == 1
 
 
-def test_sigterm_says_how_to_go_on(start, tmp_path):
+def test_sigterm_says_how_to_go_on(start, ends, tmp_path):
     processes = start("--epochs", 400)
     wait_for(tmp_path / "run/last.pt", processes[0])
     for process in processes:
-        process.send_signal(signal.SIGTERM)
+        process.terminate()
     first, second = ends(processes)
     assert first[0] != 0 and "torchrun --nproc-per-node 2 train.py --resume" in first[2], first[2]
     assert second[0] != 0 and "Traceback" not in first[2] + second[2]
 
 
-def test_a_batch_smaller_than_the_number_of_processes(start):
+def test_a_batch_smaller_than_the_number_of_processes(start, ends):
     first, _ = ends(start("--batch-size", 1))
     assert first[0] == 2 and "--batch-size 1" in first[2] and first[2].count("\n") == 1
 
 
-def test_mlkd_wants_all_images_of_a_batch_in_one_process(start, tmp_path):
+def test_mlkd_wants_all_images_of_a_batch_in_one_process(start, ends, tmp_path):
     first, _ = ends(start("--method", "mlkd"))
     assert first[0] == 2 and "--method mlkd: compares the images of a batch" in first[2]
     assert first[2].count("\n") == 1 and not (tmp_path / "run/last.pt").exists()

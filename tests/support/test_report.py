@@ -1,5 +1,6 @@
 """What is said of teacher and student, and of the images that are misread."""
 import json
+import time
 
 import pytest
 import torch
@@ -10,7 +11,8 @@ from support import report
 from support.checkpoints import load_model
 
 
-def test_the_cost_of_a_network(color_teacher):
+def test_the_cost_of_a_network(color_teacher, monkeypatch):
+    monkeypatch.setattr(report, "time", time)
     model, _ = load_model(color_teacher)
     found = report.cost(model.train(), 16)
     weights = [p.numel() for p in model.parameters()]

@@ -52,9 +52,8 @@ def test_a_folder_that_was_there_stays():
     assert Path("mine").is_dir() and not Path("mine/run").exists()
 
 
-def test_what_a_gpu_has_gone_on_with_goes_on(short):
+def test_what_a_gpu_has_gone_on_with_goes_on(trained):
     """A run that was begun without --cuda-graph and resumed with it, and is resumed again."""
-    train.run(short(epochs=2), "run")
     saved = torch.load("run/last.pt", weights_only=True)
     settings = saved["settings"] | dict(cuda_graph=True, device="cuda")
     torch.save(saved | dict(settings=settings), "run/last.pt")
