@@ -138,7 +138,8 @@ def test_what_counts_as_nothing_learnt(capsys, labels, epoch, train_top1, test_t
 
 def test_no_committed_run_would_be_warned_of(capsys):
     """Whatever the rate that was tried: transformers of 47 classes, and 100 classes, learn."""
-    sizes, epochs = dict(glyphs=(47, 16_000, 5000), cifar100=(100, 50_000, 10_000)), 0
+    sizes, epochs = dict(glyphs=(47, 16_000, 5000), cifar100=(100, 50_000, 10_000),
+                         folder=(6, 1822, 202)), 0
     for path in (Path(__file__).parent.parent / "results").rglob("metrics.jsonl"):
         config = json.loads((path.parent / "config.json").read_text())
         s = train.Settings(**{field: config.get(field) for field in vars(train.Settings())})
