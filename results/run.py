@@ -40,8 +40,8 @@ TEACHERS = {
     0: {"glyphs": ALONE, "glyphs-val": f"{ALONE} --evaluate val",
         "glyphs-vit": "--method ce --student vit_nano --views both --epochs 64 --lr 0.001"},
     1000: {"resnet14": ALONE, "resnet14-val": f"{ALONE} --evaluate val",
-           "trashnet": f"{MOBILENET} --lr 0.003",
-           "trashnet-val": f"{MOBILENET} --lr 0.003 --evaluate val"},
+           "trashnet": f"{MOBILENET} --optimizer adamw --lr 0.0003",
+           "trashnet-val": f"{MOBILENET} --optimizer adamw --lr 0.0003 --evaluate val"},
 }
 
 
@@ -142,7 +142,7 @@ PHOTO_TEACHERS = {
     for lr in rates}
 PHOTO_STUDENT = f"--student squeezenet1_0 {TRASHNET} --epochs 10"
 PHOTO_GRID = {("ce", "sgd"): (0.0003, 0.001, 0.003),
-              **{(method, "adamw"): (0.00003, 0.0001, 0.0003)
+              **{(method, "adamw"): (0.0001, 0.0003, 0.001)
                  for method in ("ce", "kd", "sld", "mlkd", "dkd", "rld")}}
 PHOTO_TUNING = {
     f"{method}-{kind}-lr{lr:g}":
@@ -184,6 +184,12 @@ GROUPS = {
                    for row, flags in PUBLISHED.items()}, range(1)),
     "photographs-teacher": (PHOTO_TEACHERS, range(1)),
     "photographs-tuning": (PHOTO_TUNING, range(1)),
+    # At the rates of train.py. The mobilenet alone is what the student is compared with.
+    "photographs": ({
+        "mobilenet": MOBILENET,
+        **{method: f"--method {method} {PHOTO_STUDENT}"
+           + (method != "ce") * f" --teacher mobilenet_v2 {taught_by('trashnet')}"
+           for method in ("ce", "kd", "sld")}}, range(3)),
     # A ViT teaches.
     "vit-teacher": (ladder(f"--teacher vit_nano {taught_by('glyphs-vit')}", DEFAULTS[1:]),
                     range(3)),

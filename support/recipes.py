@@ -14,8 +14,16 @@ from support.settings import check_sense, check_values, flag
 TRANSFORMERS = ("vit", "swin", "maxvit", "convnext")
 
 
-def optimizer_of(network):
-    return "adamw" if network.startswith(TRANSFORMERS) else "sgd"
+def is_fine_tuned(dataset, network, pretrained):
+    """Whether a network starts from ImageNet's weights and learns photographs."""
+    return dataset == "folder" and bool(pretrained) and network in TORCHVISION
+
+
+def optimizer_of(dataset, network, pretrained):
+    """AdamW for transformers, and for whatever is fine-tuned: measured on photographs, one of its
+    rates suits several networks and losses, where SGD wants a rate for each."""
+    tuned = is_fine_tuned(dataset, network, pretrained)
+    return "adamw" if tuned or network.startswith(TRANSFORMERS) else "sgd"
 
 
 def row_of(s, table):
@@ -24,19 +32,20 @@ def row_of(s, table):
 
 
 def _key(dataset, optimizer, student, pretrained):
-    if dataset == "folder" and pretrained and student in TORCHVISION:
-        return "pretrained", optimizer
-    return dataset, optimizer
+    tuned = is_fine_tuned(dataset, student, pretrained)
+    return "pretrained" if tuned else dataset, optimizer
 
 
 def of_teacher(s, table, n):
     """{setting: value} with which the teacher of the settings s is trained, on n images. Its seed
     is not a student's: views follow from the seed, and on the very views of its own training a
     teacher errs less than on others."""
-    row = table[_key(s.dataset, optimizer_of(s.teacher), s.teacher, s.pretrained)]
+    pretrained = s.pretrained if s.teacher in TORCHVISION else None
+    optimizer = optimizer_of(s.dataset, s.teacher, pretrained)
+    row = table[_key(s.dataset, optimizer, s.teacher, pretrained)]
     return dict(
         method="ce", dataset=s.dataset, data_dir=s.data_dir, image_size=s.image_size,
-        student=s.teacher, pretrained=s.pretrained if s.teacher in TORCHVISION else None,
+        student=s.teacher, pretrained=pretrained,
         seed=1000, evaluate=s.evaluate, amp=s.amp, device=s.device, epochs=s.epochs,
         batch_size=min(row["batch_size"], n)) | row.get("teach", {})
 
@@ -78,7 +87,7 @@ def resolve(s, table, views):
             check_name(name)
     theirs = [name for name in networks.values() if name in TORCHVISION]
     pretrained = given.get("pretrained", dataset == "folder") if theirs else None
-    optimizer = given.get("optimizer", optimizer_of(networks["student"]))
+    optimizer = given.get("optimizer", optimizer_of(dataset, networks["student"], pretrained))
     key = _key(dataset, optimizer, networks["student"], pretrained)
     if key not in table:
         raise UserError(f"--optimizer {optimizer}: train.RECIPES has no row {key}; add one, or "
