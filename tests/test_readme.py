@@ -271,6 +271,26 @@ def test_the_rates_are_the_best_of_their_grids_and_inside_them(student, groups, 
         assert f"three seeds put {three[0.2] - three[0.4]:.2f} points above 0.4" in PAGES
 
 
+@pytest.mark.parametrize("group, methods", [
+    ("photographs-teacher", {"ce"}),
+    ("photographs-tuning", {"ce", "kd", "sld", "mlkd", "dkd", "rld"})])
+def test_the_rates_for_photographs_are_as_good_as_the_best_of_their_grids(group, methods):
+    """Within one standard error of the best, on the 202 validation images of TrashNet."""
+    grids = {}
+    for row in read_rows(ROOT / "results" / group).values():
+        config = row[0][0]
+        assert config["evaluate"] == "val" and config["pretrained"]
+        if config["optimizer"] == "adamw":
+            grids.setdefault(config["method"], {})[config["lr"]] = last_top1(row)[0]
+    assert grids.keys() == methods
+    for method, by_rate in grids.items():
+        s = train.resolve(train.Settings(method=method, dataset="folder", student="mobilenet_v2"))
+        best = max(by_rate.values())
+        error = 100 * (best / 100 * (1 - best / 100) / 202) ** 0.5
+        assert s.optimizer == "adamw" and by_rate[s.lr] >= best - error, (method, by_rate)
+        assert min(by_rate) < s.lr < max(by_rate)
+
+
 def test_the_sample_output_is_that_of_the_committed_run():
     sample = re.search(r"```\n(teacher .*?)```", README, re.S).group(1)
     _, rows = read_run(ROOT / "results/default-run/sld/seed0")

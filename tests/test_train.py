@@ -124,11 +124,12 @@ def test_imagenets_recipe_is_the_papers():
 def test_photographs_with_torchvisions_networks_are_fine_tuned():
     theirs = dict(dataset="folder", teacher="resnet50", student="mobilenet_v3_small")
     s = resolve(Settings(**theirs))
-    assert (s.pretrained, s.image_size, s.batch_size, s.optimizer) == (True, 224, 64, "sgd")
-    assert (s.epochs, s.lr, s.schedule, s.warmup, s.gamma) == (10, 0.003, "cosine", 1, 6)
+    assert (s.pretrained, s.image_size, s.batch_size, s.optimizer) == (True, 224, 64, "adamw")
+    assert (s.epochs, s.schedule, s.warmup, s.gamma) == (10, "cosine", 1, 6)
+    assert resolve(Settings(**theirs, optimizer="sgd")).lr < s.lr
     s = resolve(Settings(**theirs, pretrained=False))
-    assert (s.pretrained, s.image_size, s.epochs, s.lr, s.schedule) == (False, 224, 60, 0.025,
-                                                                        "step")
+    assert (s.pretrained, s.image_size, s.epochs, s.lr, s.optimizer) == (False, 224, 60, 0.025,
+                                                                         "sgd")
     assert resolve(Settings(**theirs | dict(student="vit_b_16"))).optimizer == "adamw"
     ours = resolve(Settings(dataset="folder"))
     assert (ours.pretrained, ours.image_size, ours.epochs) == (None, 64, 60)
@@ -460,7 +461,7 @@ def test_a_pretrained_teacher_and_student_on_photographs(colors, command, publis
     assert status == 0 and "top1" in out, err
     # A teacher is fine-tuned first, and is another one than without the weights.
     monkeypatch.setattr(train, "measure", lambda *a: dict(top1=60.0, top5=100.0, nll=1.0))
-    monkeypatch.setitem(train.RECIPES["pretrained", "sgd"], "teach", dict(epochs=1))
+    monkeypatch.setitem(train.RECIPES["pretrained", "adamw"], "teach", dict(epochs=1))
     seen = []
     monkeypatch.setattr(train, "predict", lambda *a, **k: seen.append(k) or evaluation.predict(*a))
     for more, endings in (((), ["-pretrained"]), (["--no-pretrained"], ["", "-pretrained"])):
