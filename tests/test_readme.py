@@ -273,7 +273,7 @@ def test_the_rates_are_the_best_of_their_grids_and_inside_them(student, groups, 
 
 @pytest.mark.parametrize("group, methods", [
     ("photographs-teacher", {"ce"}),
-    ("photographs-tuning", {"ce", "kd", "sld", "mlkd", "dkd", "rld"})])
+    ("photographs-tuning", {"ce", "kd"})])
 def test_the_rates_for_photographs_are_as_good_as_the_best_of_their_grids(group, methods):
     """Within one standard error of the best, on the 202 validation images of TrashNet."""
     grids = {}
@@ -282,13 +282,23 @@ def test_the_rates_for_photographs_are_as_good_as_the_best_of_their_grids(group,
         assert config["evaluate"] == "val" and config["pretrained"]
         if config["optimizer"] == "adamw":
             grids.setdefault(config["method"], {})[config["lr"]] = last_top1(row)[0]
-    assert grids.keys() == methods
-    for method, by_rate in grids.items():
+    for method in methods:
+        by_rate = grids[method]
         s = train.resolve(train.Settings(method=method, dataset="folder", student="mobilenet_v2"))
         best = max(by_rate.values())
         error = 100 * (best / 100 * (1 - best / 100) / 202) ** 0.5
         assert s.optimizer == "adamw" and by_rate[s.lr] >= best - error, (method, by_rate)
-        assert min(by_rate) < s.lr < max(by_rate)
+
+
+def test_the_readme_says_what_fine_tuning_reaches_on_photographs():
+    row = read_rows(ROOT / "results/photographs-mobilenet")["ce"]
+    config = row[0][0]
+    assert (config["student"], config["image_size"], len(row)) == ("mobilenet_v2", 112, 3)
+    s = train.resolve(train.Settings(method="ce", dataset="folder", student="mobilenet_v2"))
+    assert all(config[k] == getattr(s, k) for k in ("lr", "optimizer", "epochs", "weight_decay"))
+    values = [*last_top1(row).values()]
+    words = f"mobilenet_v2 alone then gets {np.mean(values):.2f}±{np.std(values, ddof=1):.2f} %"
+    assert words in " ".join(README.split())
 
 
 def test_the_sample_output_is_that_of_the_committed_run():
