@@ -180,7 +180,7 @@ def load(name, data_dir="data", image_size=None, train=True, evaluate="test"):
     trained on. Raises UserError for whatever the user can mend.
     """
     root, facts = Path(data_dir), DATASETS[name]
-    rendered = name in ("glyphs", "glyphs-noisy")
+    rendered = name.startswith("glyphs")
     in_folders = name in PHOTOGRAPHS or not rendered and all(
         (root / part).is_dir() for part in ("train", "test"))
     if evaluate == "val" and not (in_folders and name != "imagenet" and photographs.has_val(root)):

@@ -3,8 +3,10 @@
 A file may come from anywhere, so only tensors and plain types are unpickled, and every check ends
 in a UserError of one line that begins with the file.
 """
+import contextlib
 import hashlib
 import os
+import pickle
 import re
 import textwrap
 import warnings
@@ -84,10 +86,17 @@ def read_checkpoint(path):
         with (warnings.catch_warnings(action="ignore"),
               torch.serialization.safe_globals(STAND_INS)):
             return torch.load(path, map_location="cpu", weights_only=True)
+    except pickle.UnpicklingError:
+        holds = ""
+        with contextlib.suppress(Exception), torch.serialization.safe_globals(STAND_INS):
+            unknown = sorted(torch.serialization.get_unsafe_globals_in_checkpoint(path))
+            holds = f" (it holds {', '.join(unknown[:3])})"
+        raise UserError(f"{path}: not a PyTorch checkpoint of tensors and plain types{holds}; it "
+                        "was not loaded; give a file of the state_dict() alone")
     except Exception:
-        # Other types are refused, and a damaged file can raise nearly anything.
-        raise UserError(f"{path}: not a PyTorch checkpoint of tensors and plain types, or damaged; "
-                        "give a file of the state_dict() alone")
+        # A damaged file can raise nearly anything.
+        raise UserError(f"{path}: not a PyTorch checkpoint, or damaged (empty, cut off, "
+                        "TorchScript, or another file type)")
 
 
 class StandIn:

@@ -201,16 +201,26 @@ def drop_output():
 
 def in_words(s, drops, own=""):
     """The resolved experiment, a line for each of its parts. drops: the epochs after which the
-    learning rate falls. own: what to say of another objective than ce, kd and sld."""
+    learning rate falls. own: what to say of an objective that is not one of the six."""
+    T = ", ".join(f"{T:g}" for T in s.temperatures or ())
     loss = "CE(label)" if s.method == "ce" else own
-    if s.method in ("kd", "sld"):
+    if s.method in ("dkd", "rld"):
+        parts = dict(dkd=("label against the rest", "the other classes"),
+                     rld=("teacher's certainty", "the classes below the label"))[s.method]
+        loss = (f"{s.ce_weight:g} CE(label) + {s.alpha:g} T^2 KL({parts[0]}) + {s.beta:g} T^2 "
+                f"KL({parts[1]}) at T = {s.temperature:g}, in full after {s.kd_warmup:g} epochs")
+    elif s.method in ("kd", "sld"):
         fixed = {"swap": "swapped teacher", "sort": "teacher with the label moved to rank 1",
                  "add": f"teacher + {s.omega} on the label",
                  "add-wrong": f"teacher + {s.omega} on the label where it is wrong"}
         right = ", of rows whose teacher is right" if s.teacher_fix == "mask" else ""
-        T = ", ".join(f"{T:g}" for T in s.temperatures)
         loss = (f"{s.ce_weight:g} CE(label) + {s.kd_weight:g} T^2 "
                 f"KL({fixed.get(s.teacher_fix, 'teacher')} || student) at T = {T}{right}")
+    elif s.method == "mlkd":
+        loss = (f"{s.ce_weight:g} CE(label) + {s.kd_weight:g} T^2 KL(teacher || student)\n"
+                f"          + {s.kd_weight:g} ||P P' - Q Q'||^2 / images: which images are alike\n"
+                f"          + {s.kd_weight:g} ||P' P - Q' Q||^2 / classes: which go together\n"
+                f"          at T = {T}; P, Q: a batch's probabilities, teacher's and student's")
     if s.standardize:
         loss += "\n          of standardized logits"
     if s.student_swap:

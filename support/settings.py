@@ -64,7 +64,7 @@ class Parser(argparse.ArgumentParser):
             word = rest[0].split("=")[0]
             if word.lower() in self.flag_of:
                 self.error(f"{word}: say {self.flag_of[word.lower()]} {word.lower()}")
-            near = nearest(word, map(flag, vars(args)))
+            near = nearest(word, map(flag, vars(args)) if word.startswith("-") else self.flag_of)
             self.error(f"{word}: unknown{near and '; '}{near}")
         return args
 

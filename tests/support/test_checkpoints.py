@@ -113,14 +113,14 @@ def test_what_cannot_be_copied_is_refused(tmp_path, change):
 
 
 @pytest.mark.parametrize("content, why", [
-    (lambda s: {"model": s, "odd": Tuple([1])}, "tensors and plain types, .* state_dict() alone"),
-    (lambda s: create_model("resnet8", 5), "tensors and plain types, .* state_dict() alone"),
+    (lambda s: {"model": s, "odd": Tuple([1])}, r"it holds test_checkpoints\.Tuple\)"),
+    (lambda s: create_model("resnet8", 5), r"it holds .*models\.BasicBlock"),
     (lambda s: {"weights": s}, "no classifier weights .*first names: weights"),
     (lambda s: s | {"fc.extra": torch.zeros(1)}, 'does not fit a resnet8 .*"fc.extra"'),
     (lambda s: s | {"conv1.weight": torch.zeros(4)}, "does not fit a resnet8 .*conv1.weight")])
 def test_a_refusal_says_what_was_in_the_way(tmp_path, content, why):
     torch.save(content(create_model("resnet8", 5).state_dict()), tmp_path / "x.pt")
-    with pytest.raises(UserError, match=f"x.pt: .*{why.replace('()', '..')}"):
+    with pytest.raises(UserError, match=f"x.pt: .*{why}"):
         load_model(tmp_path / "x.pt", "resnet8")
 
 

@@ -17,7 +17,7 @@ from support.settings import GROUPS
     ("-method sld", "nearest: --method;"), ("--xyz 3", "--xyz: unknown; see --help"),
     ("--no-studnt-swap", "nearest: --student-swap;"),
     ("kd", "kd: say --method kd;"), ("SLD", "SLD: say --method sld;"),
-    ("cifar100", "cifar100: say --dataset cifar100;"), ("sdl", "sdl: unknown; see --help"),
+    ("cifar100", "cifar100: say --dataset cifar100;"), ("sdl", "sdl: unknown; nearest: sld;"),
     ("--method SLD", "--method SLD: unknown; nearest: sld"),
     ("--dataset floder", "--dataset floder: unknown; nearest: folder"),
     ("--device gpu", "--device gpu: unknown; nearest: cpu; choose among auto, cpu, cuda, mps"),
