@@ -185,7 +185,8 @@ GROUPS = {
     "photographs-teacher": (PHOTO_TEACHERS, range(1)),
     "photographs-tuning": (PHOTO_TUNING, range(1)),
     # At the rates of train.py: what the student is compared with, and the student.
-    "photographs-mobilenet": ({"ce": MOBILENET}, range(3)),
+    "photographs-mobilenet": ({"ce": MOBILENET, "ce-224px": f"{MOBILENET} --image-size 224"},
+                              range(3)),
     "photographs": ({method: f"--method {method} {PHOTO_STUDENT}"
                      + (method != "ce") * f" --teacher mobilenet_v2 {taught_by('trashnet')}"
                      for method in ("ce", "kd", "sld")}, range(3)),
