@@ -1,8 +1,7 @@
 """Bring README.md and results/README.md up to date with the logs:  python results/pages.py
 
-Makes anew every table between <!-- KIND: FOLDER --> and <!-- end -->, as TABLES says, and
-results/differences.png. Before that the teacher's mistakes are counted, into mistakes.json beside
-the log, for each student whose weights are here and who has no such file yet.
+Makes anew every table between <!-- KIND: FOLDER --> and <!-- end -->, as TABLES says, and the
+figures.
 """
 import contextlib
 import json
@@ -16,26 +15,18 @@ sys.path.insert(0, str(ROOT))
 import numpy as np  # noqa: E402
 from matplotlib.figure import Figure  # noqa: E402
 
-from data import load  # noqa: E402
-from eval import inheritance, predict  # noqa: E402
-from support.checkpoints import load_model  # noqa: E402
 from support.errors import UserError  # noqa: E402
 from support.plots import BLUE  # noqa: E402
-from support.runs import write_json  # noqa: E402
 from support.tables import (  # noqa: E402
     comparison_cells,
     difference,
     holm,
-    is_finished,
     markdown,
     read_rows,
-    read_run,
     table,
     top1_difference,
 )
 
-# Groups of runs, of results/run.py, whose students' mistakes are counted.
-MISTAKES = ("glyphs", "glyphs-vit", "cifar100", "cifar100-strong")
 # The row that the ladder is compared with: KD with the views, temperatures and rate of SLD.
 KD = "05-kd-both-T1to6"
 # What the paper claims, and the two rows that differ in it.
@@ -53,33 +44,12 @@ CLAIMS = {
 }
 
 
-# --- The teacher's mistakes -----------------------------------------------------------------------
-
-def count_mistakes(group):
-    """Write mistakes.json beside each finished log below the folder `group` whose weights are here:
-    `eval.inheritance` on the test images, also of students that had no teacher."""
-    runs = {path.parent: read_run(path.parent) for path in sorted(group.glob("*/*/last.pt"))}
-    runs = {run: config for run, (config, epochs) in runs.items() if is_finished(config, epochs)}
-    config = next((c for c in runs.values() if c["teacher_checkpoint"]), None)
-    missing = [run for run in runs if not (run / "mistakes.json").exists()]
-    if config is None or not missing:
-        return
-    data = load(config["dataset"], ROOT / config["data_dir"], config["image_size"], train=False)
-
-    def logits_of(path, name=None):
-        model, _ = load_model(path, name, data)
-        return predict(model, data.test[0], data.mean, data.std)
-
-    teacher = logits_of(ROOT / config["teacher_checkpoint"], config["teacher"])
-    for run in missing:
-        write_json(run / "mistakes.json",
-                   inheritance(logits_of(run / "last.pt"), teacher, data.test[1]))
-
+# --- Reading the files of a run -------------------------------------------------------------------
 
 def mistakes_of(folder, key):
-    """{row: {seed: teacher_errors_<key>, in % of the teacher's errors}} of mistakes.json."""
+    """{row: {seed: teacher_errors_<key>, in % of the teacher's errors}} of final.json."""
     shares = {}
-    for path in sorted(Path(folder).glob("*/*/mistakes.json")):
+    for path in sorted(Path(folder).glob("*/*/final.json")):
         report = json.loads(path.read_text("utf-8"))
         seed = int(path.parent.name.removeprefix("seed"))
         shares.setdefault(path.parts[-3], {})[seed] = (
@@ -193,8 +163,6 @@ def draw_differences(ladders):
 
 
 def update():
-    for group in MISTAKES:
-        count_mistakes(ROOT / "results" / group)
     fill_tables()
     if found := ladders():
         draw_differences(found).savefig(ROOT / "results/differences.png")

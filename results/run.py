@@ -4,7 +4,8 @@ A finished run is left alone, one that was cut off goes on, a missing teacher is
 runs on one thread of the CPU and in float32, but for the rows that say otherwise, so its numbers do
 not depend on --jobs, a GPU or bfloat16. Logs go to results/GROUP/<row>/seed<k>; weights stay beside
 them, out of git. A teacher's logits are kept in runs/logits, since rows of one seed and the same
-views need the same ones. At the end results/pages.py brings the page and its figure up to date.
+views need the same ones. When a run ends, its student is measured once more, see `measure_end`; at
+the end of all results/pages.py brings the page and its figures up to date.
 """
 import argparse
 import hashlib
@@ -23,8 +24,13 @@ import numpy as np  # noqa: E402
 import torch  # noqa: E402
 
 import train  # noqa: E402
+from data import load  # noqa: E402
+from eval import inheritance, measure, predict  # noqa: E402
 from results import pages  # noqa: E402
+from support import glyphs  # noqa: E402
+from support.checkpoints import load_model, weights_digest  # noqa: E402
 from support.files import atomic_write  # noqa: E402
+from support.runs import write_json  # noqa: E402
 from support.tables import is_finished, read_run  # noqa: E402
 from train import RECIPES  # noqa: E402
 
@@ -216,8 +222,46 @@ def remember(teacher, digest, s):
     return teacher
 
 
-def train_alone(flags, threads, out):
-    """train.py with these flags, in a process of its own. Returns its exit status."""
+def fresh_glyphs():
+    """50,000 glyphs that no run has met, and their labels: ten times the test images, so that the
+    difference of two students has a third of their noise."""
+    file = Path("runs/fresh-glyphs.npz")
+    if not file.exists():
+        images, labels = glyphs.render(50_000, seed=50_000)
+        with atomic_write(file) as whole:
+            np.savez(whole, images=images, labels=labels)
+    with np.load(file) as kept:
+        return torch.from_numpy(kept["images"]), torch.from_numpy(kept["labels"])
+
+
+def teacher_in(flags):
+    """(file, name or None) of the teacher in flags of train.py; None where there is none."""
+    after = dict(zip(flags.split(), flags.split()[1:]))
+    file = after.get("--teacher-checkpoint")
+    return file and (file, after.get("--teacher"))
+
+
+def measure_end(run, teacher):
+    """Write final.json beside the log of a run that is measured on test images: `eval.measure` of
+    its last epoch and, with a teacher (file, name), `eval.inheritance`; of glyphs on fresh ones."""
+    s, _ = read_run(run)
+    if s["evaluate"] == "val":
+        return
+    data = load(s["dataset"], s["data_dir"], s["image_size"], train=False)
+    images, labels = fresh_glyphs() if s["dataset"].startswith("glyphs") else data.test
+    student, _ = load_model(run, None, data)
+    logits = predict(student, images, data.mean, data.std)
+    report = measure(logits, labels)
+    if teacher:
+        teacher, _ = load_model(*teacher, data)
+        teacher = remember(teacher, weights_digest(teacher), train.Settings(amp=False))
+        report |= inheritance(logits, predict(teacher, images, data.mean, data.std), labels)
+    write_json(Path(run, "final.json"), report)
+
+
+def train_alone(flags, threads, out, run, teacher):
+    """train.py with these flags and then `measure_end`, in a process of its own. Returns the exit
+    status."""
     torch.set_num_threads(threads)
     sys.argv = ["train.py", *flags]
     with open(out, "w") as file, redirect_stdout(file), redirect_stderr(file):
@@ -225,20 +269,25 @@ def train_alone(flags, threads, out):
             train.main(remember)
         except SystemExit as end:
             return end.code or 0
+        measure_end(run, teacher)
     return 0
 
 
-def make(pool, row, flags, seed):
+def make(pool, row, flags, seed, teacher=None):
     """Have the run of this seed trained in row/seed<k>, or go on, unless its logs are whole.
-    Returns a function that waits for the exit status. row: a folder, from ROOT on."""
+    Returns a function that waits for the exit status. row: a folder, from ROOT on. teacher: for
+    `measure_end` of a student that has none."""
     folder = logs = f"{row}/seed{seed}"
-    if Path(logs, "metrics.jsonl").exists() and is_finished(*read_run(logs)):
+    if Path(logs, "metrics.jsonl").exists() and is_finished(*(found := read_run(logs))):
+        weights = Path(logs, "last.pt").exists()
+        measured = Path(logs, "final.json").exists() or found[0]["evaluate"] == "val"
         # A teacher's weights are needed too, of other runs the logs are enough.
-        if not row.startswith("results/teachers/") or Path(logs, "last.pt").exists():
+        if weights if row.startswith("results/teachers/") else measured or not weights:
             print(f"{logs}: is there", flush=True)
             return lambda: 0
-        # The weights are not in git: train again elsewhere, and put them beside their logs.
-        folder = f"runs/{logs.replace('/', '-')}"
+        if not weights:
+            # The weights are not in git: train again elsewhere, and put them beside their logs.
+            folder = f"runs/{logs.replace('/', '-')}"
     start = [*flags.split(), "--seed", str(seed)]
     if Path(folder, "config.json").exists():
         start = ["--resume"]
@@ -246,7 +295,8 @@ def make(pool, row, flags, seed):
         start = ["--no-amp", *start]
     out = f"runs/{folder.replace('/', '-')}.out"
     found = pool.submit(train_alone, ["--device", "cpu", *start, "--run-dir", folder],
-                        2 if row.endswith("2-thread") else 1, out)
+                        2 if row.endswith("2-thread") else 1, out, folder,
+                        teacher_in(flags) or teacher)
 
     def wait():
         status = found.result()
@@ -279,7 +329,8 @@ def main():
             for name, flags in teachers.items():
                 if any(taught_by(name) in others for others in rows.values()):
                     make(pool, f"results/teachers/{name}", flags, seed)()
-        runs = [make(pool, f"results/{args.group}/{row}", flags, seed) for seed in seeds
+        teacher = next(filter(None, map(teacher_in, GROUPS[args.group][0].values())), None)
+        runs = [make(pool, f"results/{args.group}/{row}", flags, seed, teacher) for seed in seeds
                 for row, flags in rows.items()]
         status = max(wait() for wait in runs)
     pages.update()

@@ -122,7 +122,7 @@ def results_table():
     teachers = []
     for group in LADDERS:
         found = {json.loads(path.read_text("utf-8"))["teacher_top1"]
-                 for path in (ROOT / "results" / group).glob("*/*/mistakes.json")}
+                 for path in (ROOT / "results" / group).glob("*/*/final.json")}
         assert len(found) == 1
         teachers += [f"{top1:.2f}" for top1 in found]
     lines = [["teacher", "", "", *teachers]]

@@ -2,13 +2,13 @@
 changes no digit, and the pages say what the logs show."""
 import json
 import re
-import shutil
 from pathlib import Path
 
 import pytest
 
 import eval as evaluation
 import train
+from data import load
 from eval import measure, predict
 from results import pages
 from results import run as runner
@@ -90,25 +90,74 @@ def test_remembered_logits_change_no_digit(short):
     assert sorted(Path("runs/logits").glob("*/*")) == files
 
 
-def test_mistakes_are_counted_as_eval_counts_them(short, color_teacher, command, monkeypatch):
-    monkeypatch.setattr(pages, "ROOT", Path())
-    for row, method in (("1-ce", "ce"), ("2-kd", "kd")):
-        # Students alone do not say who teaches the others.
-        pages.count_mistakes(Path("group"))
-        train.run(short(epochs=1, method=method), f"group/{row}/seed0")
-    assert not Path("group/1-ce/seed0/mistakes.json").exists()
-    # One that was cut off is counted when it is whole.
-    cut = Path("group/2-kd/seed1")
-    shutil.copytree("group/2-kd/seed0", cut)
-    config = json.loads((cut / "config.json").read_text())
-    write_json(cut / "config.json", config | dict(epochs=2))
-    pages.count_mistakes(Path("group"))
-    assert not (cut / "mistakes.json").exists()
-    for row in ("1-ce", "2-kd"):
-        report = json.loads(Path(f"group/{row}/seed0/mistakes.json").read_text())
-        _, out, _ = command(evaluation, f"group/{row}/seed0/last.pt", "--teacher-checkpoint",
-                            color_teacher, "--json")
-        assert report and report.items() <= json.loads(out).items()
+def test_the_end_of_a_run_is_measured_as_eval_measures_it(short, color_teacher, command):
+    for method in ("ce", "kd"):
+        train.run(short(epochs=1, method=method), method)
+        runner.measure_end(method, (color_teacher, None))
+        report = json.loads(Path(method, "final.json").read_text())
+        _, out, _ = command(evaluation, method, "--teacher-checkpoint", color_teacher, "--json")
+        assert "top1" in report and "teacher_errors_made" in report
+        assert report.items() <= json.loads(out).items()
+    train.run(short(epochs=1, method="ce", evaluate="val"), "val")
+    runner.measure_end("val", None)
+    assert not Path("val/final.json").exists()
+
+
+def test_on_glyphs_it_is_measured_on_fresh_images(easy_glyphs, monkeypatch):
+    train.run(train.Settings(method="ce", epochs=1, device="cpu"), "run")
+    render, rendered = glyphs.render, []
+
+    def few(n, seed):
+        rendered.append(render(n // 1000, seed))
+        return rendered[-1]
+    monkeypatch.setattr(glyphs, "render", few)
+    Path("runs").mkdir()
+    for _ in range(2):
+        runner.measure_end("run", ("run/last.pt", "resnet8"))
+    # Once, and then kept; others than those of training and test.
+    ((images, labels),) = rendered
+    data = load("glyphs", "data")
+    known = {image.numpy().tobytes() for part in (data.train, data.test) for image in part[0]}
+    assert len(labels) == 50 and not known & {image.numpy().tobytes() for image in images}
+    student, _ = load_model("run", None, data)
+    found = measure(predict(student, images, data.mean, data.std), labels)
+    report = json.loads(Path("run/final.json").read_text())
+    assert found.items() <= report.items() and report["agreement"] == 100
+
+
+def test_a_row_without_a_teacher_is_measured_beside_that_of_its_group():
+    assert runner.teacher_in("--method ce --lr 0.1") is None
+    assert runner.teacher_in("--method kd --teacher-checkpoint a.pt --lr 1") == ("a.pt", None)
+    assert runner.teacher_in(runner.CIFAR_TEACHER) == ("data/cifar100_resnet20.pth", "resnet20")
+
+
+def test_what_is_whole_is_left_alone(write_run, monkeypatch, tmp_path):
+    """What a second call of run.py would train again, or only measure."""
+    class Pool:
+        def submit(self, function, flags, threads, out, run, teacher):
+            started.append((run, "--resume" in flags, teacher))
+
+    def starts(row, teacher=None):
+        started.clear()
+        runner.make(Pool(), row, "--method ce", 0, teacher)
+        return started
+    started = []
+    assert starts("results/a/new") == [("results/a/new/seed0", False, None)]
+    run = write_run(tmp_path / "results/a/row/seed0", [50])
+    # Logs from git, whose weights were never kept.
+    assert not starts("results/a/row")
+    (run / "last.pt").write_text("weights")
+    assert starts("results/a/row", ("t", "n")) == [("results/a/row/seed0", True, ("t", "n"))]
+    (run / "final.json").write_text("{}")
+    assert not starts("results/a/row")
+    # One that was cut off.
+    (run / "config.json").write_text(json.dumps(dict(evaluate="test", epochs=2)))
+    assert starts("results/a/row") == [("results/a/row/seed0", True, None)]
+    # Of a teacher the weights are needed.
+    run = write_run(tmp_path / "results/teachers/t/seed0", [50], evaluate="val")
+    assert starts("results/teachers/t") == [("runs/results-teachers-t-seed0", False, None)]
+    (run / "last.pt").write_text("weights")
+    assert not starts("results/teachers/t")
 
 
 def test_the_table_of_mistakes():
@@ -116,7 +165,7 @@ def test_the_table_of_mistakes():
         for seed, (made, avoided) in enumerate(by_seed):
             folder = Path(f"group/{row}/seed{seed}")
             folder.mkdir(parents=True)
-            write_json(folder / "mistakes.json", dict(
+            write_json(folder / "final.json", dict(
                 teacher_errors=10, teacher_errors_made=made, teacher_errors_avoided=avoided))
     first, second = pages.mistakes_table("group", "1-ce").splitlines()[2:]
     assert first == "| 1-ce | 2 | 15.0 | - | - | 80.0 | - | - |"
@@ -132,7 +181,7 @@ def test_the_table_of_claims(tmp_path, write_run, monkeypatch):
     for row, top1 in dict(a=(50, 50, 50), b=(52, 52.1, 51.9), c=(51, 49, 50)).items():
         for seed, value in enumerate(top1):
             folder = write_run(tmp_path / row / f"seed{seed}", [value], seed=seed)
-            write_json(folder / "mistakes.json", dict(
+            write_json(folder / "final.json", dict(
                 teacher_errors=10, teacher_errors_made=seed + (row == "c")))
     raw = top1_difference(*(read_rows(tmp_path)[row] for row in "ba"))[3]
     _, _, far, none = pages.claims_table(tmp_path).splitlines()
