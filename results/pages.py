@@ -18,16 +18,44 @@ from matplotlib.figure import Figure  # noqa: E402
 from support.errors import UserError  # noqa: E402
 from support.plots import BLUE  # noqa: E402
 from support.tables import (  # noqa: E402
+    Interval,
     comparison_cells,
     difference,
     holm,
+    interval_cell,
     markdown,
     read_rows,
+    read_run,
     table,
     top1_difference,
 )
 
-# The row that the ladder is compared with: KD with the views, temperatures and rate of SLD.
+# The rows of the ladder of 18 epochs, in the order of its table, in words.
+ROWS = {
+    "student-alone": "student alone", "student-alone-both": "student alone, both views",
+    "kd": "KD, weak view", "kd-both": "KD, both views, T = 4",
+    "sld-without-swaps": "SLD without its swaps", "more-ce": "… with more CE instead",
+    "mask": "… without KL where the teacher errs", "add-wrong": "… with GA where it errs",
+    "sort": "… with the label sorted to the first rank", "teacher-swap": "… with the teacher swap",
+    "student-swap": "… with the student swap", "sld": "SLD",
+    "sld-from-epoch-1": "SLD, both swaps from epoch 1", "sld-detached": "SLD, detached",
+    "sld-standardized": "SLD, logits standardised", "dkd": "DKD, both views",
+    "rld": "RLD, both views", "mlkd": "MLKD",
+}
+# The questions that the ladder was made to answer, declared before it was run: (row, other row).
+# kd-both and sld-without-swaps: the better of them on validation images is the KD of the second.
+CONTRASTS = {
+    "Does the teacher swap help?": ("teacher-swap", "sld-without-swaps"),
+    "Does SLD beat KD on both views?": ("sld", "kd-both"),
+    "Does the swap beat a larger weight of CE?": ("teacher-swap", "more-ce"),
+}
+# Teachers of different quality: what they are, and the folder of the students that they taught.
+TEACHERS = {"12 epochs": "results/ladder"} | {
+    f"{n} epochs": f"results/teachers-by-error/{n}-epochs" for n in (2, 3, 36)}
+# What is compared with no correction, for each of them, and its colour in the figure.
+GAINS = {"teacher-swap": BLUE, "sld": "tab:orange", "mask": "tab:green", "more-ce": "tab:red",
+         "student-alone": "grey"}
+# The row that the older ladders are compared with: KD with the views, temperatures and rate of SLD.
 KD = "05-kd-both-T1to6"
 # What the paper claims, and the two rows that differ in it.
 CLAIMS = {
@@ -46,15 +74,24 @@ CLAIMS = {
 
 # --- Reading the files of a run -------------------------------------------------------------------
 
+def final_of(folder, number):
+    """{row: {seed: number(report)}} of the reports final.json below `folder`."""
+    found = {}
+    for path in sorted(Path(folder).glob("*/*/final.json")):
+        seed, report = int(path.parent.name.removeprefix("seed")), json.loads(path.read_text())
+        found.setdefault(path.parts[-3], {})[seed] = number(report)
+    return found
+
+
 def mistakes_of(folder, key):
     """{row: {seed: teacher_errors_<key>, in % of the teacher's errors}} of final.json."""
-    shares = {}
-    for path in sorted(Path(folder).glob("*/*/final.json")):
-        report = json.loads(path.read_text("utf-8"))
-        seed = int(path.parent.name.removeprefix("seed"))
-        shares.setdefault(path.parts[-3], {})[seed] = (
-            100 * report[f"teacher_errors_{key}"] / max(1, report["teacher_errors"]))
-    return shares
+    return final_of(folder, lambda report: 100 * report[f"teacher_errors_{key}"]
+                    / max(1, report["teacher_errors"]))
+
+
+def top1_of(folder):
+    """{row: {seed: top-1 in %}} of final.json: of glyphs, on 50,000 fresh images."""
+    return final_of(folder, lambda report: report["top1"])
 
 
 # --- The tables -----------------------------------------------------------------------------------
@@ -89,8 +126,68 @@ def claims_table(folder):
                      for claim, pair in pairs.items()])
 
 
-TABLES = {"table": lambda folder, *against: table(read_rows(folder), *against),
-          "mistakes": mistakes_table, "claims": claims_table}
+def mean_and_sd(numbers, digits=2):
+    spread = f" ± {np.std(numbers, ddof=1):.{digits}f}" if len(numbers) > 1 else ""
+    return f"{np.mean(numbers):.{digits}f}{spread}"
+
+
+def ladder_table(folder, against):
+    """Markdown: each row below `folder` by final.json, and its difference to the row `against`."""
+    top1, nll = top1_of(folder), final_of(folder, lambda report: report["nll"])
+    shares = [mistakes_of(folder, key) for key in ("made", "avoided")]
+    order = [row for row in ROWS if row in top1]
+    return markdown(
+        ["row", "seeds", "top-1, % (mean ± sd)", f"minus {against}, points (95 % interval)",
+         "NLL", "the teacher's errors: its answer too, %", "right instead, %"],
+        [[row, len(top1[row]), mean_and_sd([*top1[row].values()]),
+          "-" if row == against else interval_cell(difference(top1[row], top1[against])),
+          f"{np.mean([*nll[row].values()]):.3f}",
+          *(f"{np.mean([*share[row].values()]):.1f}" for share in shares)] for row in order])
+
+
+def contrasts_table(folder):
+    """Markdown: the CONTRASTS by final.json, with the smallest difference that their noise lets one
+    see: half the width of the interval."""
+    top1 = top1_of(folder)
+    lines = []
+    for question, (ours, theirs) in CONTRASTS.items():
+        found = difference(top1[ours], top1[theirs])
+        lines.append([question, f"{ours} minus {theirs}", interval_cell(found), f"{found.p:.2g}",
+                      f"{found.high - found.mean:.2f}"])
+    return markdown(["question", "rows", "points (95 % interval)", "p",
+                     "smallest that could be seen, points"], lines)
+
+
+def gains_by_teacher():
+    """[(teacher, its top-1 %, % of the weak training views that it misreads, {row: Interval of the
+    row minus the one without correction, points})] of the TEACHERS, those that err least first."""
+    found = []
+    for teacher, folder in TEACHERS.items():
+        top1 = top1_of(ROOT / folder)
+        if "sld" not in top1:
+            continue
+        logs = [read_run(run)[1] for run in sorted((ROOT / folder / "sld").glob("*"))]
+        wrong = np.mean([epoch["swap_teacher_weak"] for log in logs for epoch in log])
+        theirs = final_of(ROOT / folder, lambda report: report["teacher_top1"])["sld"]
+        # The ladder's student alone had no teacher, so it goes with any.
+        rows = top1_of(ROOT / "results/ladder") | top1
+        found.append((teacher, next(iter(theirs.values())), wrong,
+                      {row: difference(rows[row], rows["sld-without-swaps"]) for row in GAINS}))
+    return sorted(found, key=lambda line: line[2])
+
+
+def gains_table():
+    """Markdown: `gains_by_teacher`."""
+    return markdown(
+        ["teacher", "its top-1, %", "weak training views that it misreads, %", *GAINS],
+        [[teacher, f"{top1:.2f}", f"{wrong:.1f}",
+          *(interval_cell(gains.get(row, Interval())) for row in GAINS)]
+         for teacher, top1, wrong, gains in gains_by_teacher()])
+
+
+TABLES = {"ladder": ladder_table, "contrasts": contrasts_table,
+          "gains": lambda folder: gains_table(),
+          "table": lambda folder, *against: table(read_rows(folder), *against), "mistakes": mistakes_table, "claims": claims_table}
 
 
 def fill_tables():
@@ -162,8 +259,28 @@ def draw_differences(ladders):
     return figure
 
 
+def draw_gains(found):
+    """Figure of `gains_by_teacher`: a line for each row, with 95 % intervals."""
+    figure = Figure(figsize=(7, 4), dpi=120, layout="constrained")
+    ax = figure.subplots()
+    for k, (row, colour) in enumerate(GAINS.items()):
+        here = [(wrong + 0.4 * (k - 2), gains[row]) for _, _, wrong, gains in found if row in gains]
+        ax.plot([x for x, _ in here], [gain.mean for _, gain in here], "o-", color=colour,
+                label=ROWS[row])
+        for x, gain in here:
+            ax.plot([x, x], [gain.low, gain.high], color=colour)
+    ax.axhline(0, color="black", lw=1)
+    ax.set(xlabel="weak views of the training images that the teacher misreads, %",
+           ylabel="gain over SLD without its swaps, points")
+    ax.spines[["top", "right"]].set_visible(False)
+    ax.legend(frameon=False)
+    return figure
+
+
 def update():
     fill_tables()
+    if len(found := gains_by_teacher()) > 1:
+        draw_gains(found).savefig(ROOT / "results/gains.png")
     if found := ladders():
         draw_differences(found).savefig(ROOT / "results/differences.png")
 

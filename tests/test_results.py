@@ -191,6 +191,54 @@ def test_the_table_of_claims(tmp_path, write_run, monkeypatch):
                     "+10.0 (+10.0 to +10.0) | 0 |")
 
 
+def write_final(folder, top1, wrong, write_run):
+    """A student with this top-1, whose teacher misreads `wrong` % of the weak views."""
+    run = write_run(folder, [top1], seed=int(folder.name.removeprefix("seed")))
+    write_json(run / "final.json", dict(top1=top1, nll=0.5, teacher_top1=80, teacher_errors=10,
+                                        teacher_errors_made=4, teacher_errors_avoided=3))
+    (run / "metrics.jsonl").write_text(json.dumps(dict(
+        epoch=1, test_top1=top1, swap_teacher_weak=wrong)) + "\n")
+
+
+def test_the_tables_of_the_ladder_are_made_of_the_fresh_images(tmp_path, write_run, monkeypatch):
+    monkeypatch.setattr(pages, "ROOT", tmp_path)
+    for row, top1 in {"sld-without-swaps": 80, "teacher-swap": 81, "kd-both": 82, "more-ce": 79.5,
+                      "sld": 81, "student-alone": 78, "mask": 80.5}.items():
+        for seed in range(3):
+            write_final(tmp_path / f"results/ladder/{row}/seed{seed}", top1 + seed, 9, write_run)
+    for row, top1 in {"sld-without-swaps": 60, "teacher-swap": 66, "more-ce": 64, "sld": 67,
+                      "mask": 63}.items():
+        for seed in range(2):
+            write_final(tmp_path / f"results/teachers-by-error/3-epochs/{row}/seed{seed}",
+                        top1 + 0.1 * seed, 35, write_run)
+
+    lines = pages.ladder_table(tmp_path / "results/ladder", "sld-without-swaps").splitlines()
+    # In the order of pages.ROWS.
+    assert [line.split(" | ")[0] for line in lines[2:]] == [
+        "| student-alone", "| kd-both", "| sld-without-swaps", "| more-ce", "| mask",
+        "| teacher-swap", "| sld"]
+    assert lines[4] == "| sld-without-swaps | 3 | 81.00 ± 1.00 | - | 0.500 | 40.0 | 30.0 |"
+    assert "| +1.00 (+1.00 to +1.00) |" in lines[7]
+
+    contrasts = pages.contrasts_table(tmp_path / "results/ladder").splitlines()[2:]
+    assert [line.split(" | ")[2] for line in contrasts] == [
+        "+1.00 (+1.00 to +1.00)", "-1.00 (-1.00 to -1.00)", "+1.50 (+1.50 to +1.50)"]
+
+    found = pages.gains_by_teacher()
+    assert [(name, top1, wrong) for name, top1, wrong, _ in found] == [
+        ("12 epochs", 80, 9), ("3 epochs", 80, 35)]
+    gains = [{row: gain.mean for row, gain in gains.items()} for *_, gains in found]
+    assert gains[0]["teacher-swap"] == 1 and gains[0]["student-alone"] == -2
+    # The ladder's student alone, with the seeds that both have.
+    assert gains[1]["student-alone"] == pytest.approx((78 - 60 + 79 - 60.1) / 2)
+    assert gains[1]["sld"] == pytest.approx(7) and gains[1]["mask"] == pytest.approx(3)
+    table = pages.gains_table().splitlines()
+    assert table[3].startswith("| 3 epochs | 80.00 | 35.0 | +6.00 (+6.00 to +6.00) |")
+    (ax,) = pages.draw_gains(found).axes
+    drawn = {line.get_label(): line.get_ydata() for line in ax.lines if line.get_marker() == "o"}
+    assert drawn["SLD"] == pytest.approx([1, 7])
+
+
 @pytest.mark.parametrize("kind", ["mistakes", "claims"])
 def test_the_other_tables_are_what_the_files_give(kind):
     page = (ROOT / "results/README.md").read_text("utf-8")
