@@ -187,7 +187,8 @@ def gains_table():
 
 TABLES = {"ladder": ladder_table, "contrasts": contrasts_table,
           "gains": lambda folder: gains_table(),
-          "table": lambda folder, *against: table(read_rows(folder), *against), "mistakes": mistakes_table, "claims": claims_table}
+          "table": lambda folder, *against: table(read_rows(folder), *against),
+          "mistakes": mistakes_table, "claims": claims_table}
 
 
 def fill_tables():
