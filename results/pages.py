@@ -227,10 +227,11 @@ WORDS = {
     "06-teacher-swap": "SLD, no pseudo-teacher", "07-GA-teacher": "GA, no pseudo-teacher",
     "08-both-swaps": "SLD, γ = 0", "09-sld": "SLD", "10-sld-detached": "SLD, detached",
     "11-sld-weak": "SLD, weak view", "12-student-swap": "SLD, no teacher swap",
-    "13-kd-both-weight-x6": "KD, both views, b = 5.4", "14-kd-both-T1to6-more-ce": "05 with a = 1",
+    "13-kd-both-weight-x6": "KD, both views, b = 5.4",
+    "14-kd-both-T1to6-more-ce": "SLD without swaps, a = 1",
     "16-dkd-both": "DKD", "17-rld-both": "RLD",
     "18-sld-standardized": "SLD, logits standardised",
-    "19-kd-both-T1to6-standardized": "05, logits standardised",
+    "19-kd-both-T1to6-standardized": "… the same without swaps",
 }
 
 
@@ -253,9 +254,9 @@ def draw_differences(ladders):
         ax.set(title=title, yticks=range(len(names)), ylim=(len(names) - 0.5, -0.5),
                yticklabels=[WORDS.get(name, name) for name in names])
         ax.spines[["top", "right"]].set_visible(False)
-    for face, word in ((BLUE, "differs from 05 also when corrected (Holm)"), ("white", "does not")):
+    for face, word in ((BLUE, "differs also when corrected (Holm)"), ("white", "does not")):
         axes[0].plot([], [], "o", color=BLUE, markerfacecolor=face, label=word)
-    figure.supxlabel("← worse | better → than KD on SLD's views (05), points of top-1")
+    figure.supxlabel("← worse | better → than SLD without swaps, points of top-1")
     figure.legend(loc="outside upper center", ncols=2, frameon=False)
     return figure
 

@@ -109,10 +109,10 @@ def test_every_command_runs(easy_glyphs, colors, color_teacher, imagenet, publis
 
 # The README's names of the rows of results/run.py.
 METHODS = {"student alone": "01-ce-weak", "KD": "03-kd-weak", "KD, both views": "04-kd-both",
-           "05: KD on SLD's views": "05-kd-both-T1to6",
-           "05 with a = 1 (more CE)": "14-kd-both-T1to6-more-ce", "GA, no pseudo-teacher":
-           "07-GA-teacher", "SLD, no pseudo-teacher": "06-teacher-swap", "SLD": "09-sld",
-           "DKD": "16-dkd-both", "RLD": "17-rld-both"}
+           "SLD without swaps": "05-kd-both-T1to6",
+           "SLD without swaps, a = 1 (more CE)": "14-kd-both-T1to6-more-ce",
+           "GA, no pseudo-teacher": "07-GA-teacher", "SLD, no pseudo-teacher": "06-teacher-swap",
+           "SLD": "09-sld", "DKD": "16-dkd-both", "RLD": "17-rld-both"}
 LADDERS = "glyphs", "glyphs-vit", "cifar100"
 
 

@@ -281,7 +281,7 @@ def test_the_readme_says_of_the_ladder_what_its_logs_show():
     assert {len(row) for row in vit.values()} == {5}
     # The verdict: SLD minus KD on its views, and what could have been shown.
     against_kd = [top1_difference(ladder[sld], ladder[kd]) for ladder in (rows, vit, photographs)]
-    assert ("SLD minus that KD, with 95 % interval: {} on glyphs, {} with the ViT, {} on CIFAR-100."
+    assert ("SLD minus it, with 95 % interval: {} on glyphs, {} with the ViT, {} on CIFAR-100."
             .format(interval_cell(against_kd[0]).replace(" ", " points ", 1),
                     *map(interval_cell, against_kd[1:]))) in text
     least = [re.search(r"in the median row: (\d+\.\d) points", table(ladder, kd)).group(1)
