@@ -1,4 +1,4 @@
-"""Bring README.md and results/README.md up to date with the logs:  python results/pages.py
+"""Bring README.md and the pages below results/ up to date with the logs:  python results/pages.py
 
 Makes anew every table between <!-- KIND: FOLDER --> and <!-- end -->, as TABLES says, and the
 figures.
@@ -24,6 +24,7 @@ from support.tables import (  # noqa: E402
     holm,
     interval_cell,
     markdown,
+    mean_and_sd,
     read_rows,
     read_run,
     table,
@@ -50,8 +51,8 @@ CONTRASTS = {
     "Does the swap beat a larger weight of CE?": ("teacher-swap", "more-ce"),
 }
 # Teachers of different quality: what they are, and the folder of the students that they taught.
-TEACHERS = {"12 epochs": "results/ladder"} | {
-    f"{n} epochs": f"results/teachers-by-error/{n}-epochs" for n in (2, 3, 36)}
+TEACHERS = {"12 epochs": "results/glyphs/ladder"} | {
+    f"{n} epochs": f"results/glyphs/teachers-by-error/{n}-epochs" for n in (2, 3, 36)}
 # What is compared with no correction, for each of them, and its colour in the figure.
 GAINS = {"teacher-swap": BLUE, "sld": "tab:orange", "mask": "tab:green", "more-ce": "tab:red",
          "student-alone": "grey"}
@@ -126,11 +127,6 @@ def claims_table(folder):
                      for claim, pair in pairs.items()])
 
 
-def mean_and_sd(numbers, digits=2):
-    spread = f" ± {np.std(numbers, ddof=1):.{digits}f}" if len(numbers) > 1 else ""
-    return f"{np.mean(numbers):.{digits}f}{spread}"
-
-
 def ladder_table(folder, against):
     """Markdown: each row below `folder` by final.json, and its difference to the row `against`."""
     top1, nll = top1_of(folder), final_of(folder, lambda report: report["nll"])
@@ -139,7 +135,7 @@ def ladder_table(folder, against):
     return markdown(
         ["row", "seeds", "top-1, % (mean ± sd)", f"minus {against}, points (95 % interval)",
          "NLL", "the teacher's errors: its answer too, %", "right instead, %"],
-        [[row, len(top1[row]), mean_and_sd([*top1[row].values()]),
+        [[row, len(top1[row]), mean_and_sd(top1[row]),
           "-" if row == against else interval_cell(difference(top1[row], top1[against])),
           f"{np.mean([*nll[row].values()]):.3f}",
           *(f"{np.mean([*share[row].values()]):.1f}" for share in shares)] for row in order])
@@ -170,7 +166,7 @@ def gains_by_teacher():
         wrong = np.mean([epoch["swap_teacher_weak"] for log in logs for epoch in log])
         theirs = final_of(ROOT / folder, lambda report: report["teacher_top1"])["sld"]
         # The ladder's student alone had no teacher, so it goes with any.
-        rows = top1_of(ROOT / "results/ladder") | top1
+        rows = top1_of(ROOT / "results/glyphs/ladder") | top1
         found.append((teacher, next(iter(theirs.values())), wrong,
                       {row: difference(rows[row], rows["sld-without-swaps"]) for row in GAINS}))
     return sorted(found, key=lambda line: line[2])
@@ -192,7 +188,7 @@ TABLES = {"ladder": ladder_table, "contrasts": contrasts_table,
 
 
 def fill_tables():
-    """Make anew the tables of both READMEs whose groups are whole."""
+    """Make anew the tables, of README.md and of the pages here, whose groups are whole."""
     def fill(match):
         kind, what = match.groups()
         folder, *against = what.split(" against ")
@@ -204,7 +200,7 @@ def fill_tables():
         return f"<!-- {kind}: {what} -->\n{made}\n<!-- end -->"
 
     block = re.compile(rf"<!-- ({'|'.join(TABLES)}): (.*?) -->\n.*?<!-- end -->", re.S)
-    for page in (ROOT / "README.md", ROOT / "results/README.md"):
+    for page in (ROOT / "README.md", *sorted((ROOT / "results").rglob("README.md"))):
         page.write_text(block.sub(fill, page.read_text("utf-8")), "utf-8")
 
 
@@ -213,7 +209,7 @@ def fill_tables():
 def ladders():
     """{title: rows} of the ladders that have the row KD, and no run that was cut off."""
     found = {}
-    for title, group in (("glyphs", "glyphs"), ("CIFAR-100", "cifar100")):
+    for title, group in (("glyphs", "glyphs/9-epochs"), ("CIFAR-100", "cifar100/resnet8")):
         with contextlib.suppress(UserError):
             rows = read_rows(ROOT / "results" / group)
             found |= {title: rows} if KD in rows else {}

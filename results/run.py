@@ -62,7 +62,7 @@ VIT_GRID = dict.fromkeys(("ce", "kd", "sld"), (0.0005, 0.001, 0.002, 0.004, 0.00
 
 # The ladder: one thing changes at a time. Row 15 has been taken out.
 SIX = "--method kd --views both --temperatures 1 2 3 4 5 6"
-# Chosen on validation images: results/tuning-omega, results/tuning-ce-weight.
+# Chosen on validation images: results/tuning/omega, results/tuning/ce-weight.
 OMEGA, CE_WEIGHT = 1, 1
 LADDER = {
     "01-ce-weak": "--method ce", "02-ce-both": "--method ce --views both",
@@ -159,46 +159,48 @@ PHOTO_TUNING = {
 
 # {group: ({row: flags of train.py}, seeds)}
 GROUPS = {
-    "glyphs": (ladder(taught_by("glyphs")), range(5)),
-    "glyphs-vit": (ladder(taught_by("glyphs"), VIT_LADDER, "--student vit_nano",
+    "glyphs/9-epochs": (ladder(taught_by("glyphs")), range(5)),
+    "glyphs/vit": (ladder(taught_by("glyphs"), VIT_LADDER, "--student vit_nano",
                           RECIPES["glyphs", "adamw"]["lr"]), range(5)),
     # The data and the public teachers have to be there: results/README.md says where.
-    "cifar100": (ladder(CIFAR_TEACHER, CIFAR_LADDER, CIFAR), range(3)),
+    "cifar100/resnet8": (ladder(CIFAR_TEACHER, CIFAR_LADDER, CIFAR), range(3)),
     # At the learning rate that KD had before 0.4 was chosen, on glyphs.
-    "cifar100-kd-rate": ({"kd-lr0.2": f"--method kd --lr 0.2 {CIFAR_TEACHER} {CIFAR}"}, range(3)),
-    "cifar100-strong": (ladder("--teacher resnet56 --teacher-checkpoint "
-                               "data/cifar100_resnet56.pth",
-                               ("05-kd-both-T1to6", "06-teacher-swap", "09-sld"), CIFAR), range(3)),
-    "tuning-dkd": (variants(LADDER["16-dkd-both"], "--lr", (0.025, 0.05, 0.1, 0.2, 0.4)), range(1)),
-    "tuning-rld": (variants(LADDER["17-rld-both"], "--lr", (0.0125, 0.025, 0.05, 0.1, 0.2)),
+    "cifar100/kd-rate": ({"kd-lr0.2": f"--method kd --lr 0.2 {CIFAR_TEACHER} {CIFAR}"}, range(3)),
+    "cifar100/strong-teacher": (
+        ladder("--teacher resnet56 --teacher-checkpoint data/cifar100_resnet56.pth",
+               ("05-kd-both-T1to6", "06-teacher-swap", "09-sld"), CIFAR), range(3)),
+    "tuning/dkd": (variants(LADDER["16-dkd-both"], "--lr", (0.025, 0.05, 0.1, 0.2, 0.4)), range(1)),
+    "tuning/rld": (variants(LADDER["17-rld-both"], "--lr", (0.0125, 0.025, 0.05, 0.1, 0.2)),
                    range(1)),
-    "tuning-omega": (variants(LADDER["07-GA-teacher"], "--omega", (0.5, 1, 2, 4, 8)), range(2)),
-    "tuning-ce-weight": (variants(SIX, "--ce-weight", (0.1, 0.3, 1, 3, 10)), range(2)),
-    "stability": ({f"{name}-{n}-thread": f"{ALONE} {flag}"
-                   for name, flag in (("float32", ""), ("bfloat16", "--amp"))
-                   for n in (1, 2)}, range(3)),
-    "tuning": (grid(GRID), range(5)),
+    "tuning/omega": (variants(LADDER["07-GA-teacher"], "--omega", (0.5, 1, 2, 4, 8)), range(2)),
+    "tuning/ce-weight": (variants(SIX, "--ce-weight", (0.1, 0.3, 1, 3, 10)), range(2)),
+    "checks/stability": (
+        {f"{name}-{n}-thread": f"{ALONE} {flag}"
+         for name, flag in (("float32", ""), ("bfloat16", "--amp")) for n in (1, 2)}, range(3)),
+    "tuning/glyphs": (grid(GRID), range(5)),
     # The row of 0.2 is teachers/glyphs-val.
-    "tuning-teacher": ({f"resnet14-lr{lr:g}": f"{ALONE} --evaluate val --lr {lr:g}"
+    "tuning/teacher": ({f"resnet14-lr{lr:g}": f"{ALONE} --evaluate val --lr {lr:g}"
                         for lr in (0.1, 0.4)}, range(1)),
-    "tuning-18": (TUNING_18, range(1)),
-    "tuning-vit": (grid(VIT_GRID, "--student vit_nano"), range(2)),
-    "glyphs-twice": (ladder(taught_by("glyphs"), DEFAULTS, "--epochs 18"), range(5)),
+    "tuning/ladder": (TUNING_18, range(1)),
+    "tuning/vit": (grid(VIT_GRID, "--student vit_nano"), range(2)),
+    "glyphs/18-epochs": (ladder(taught_by("glyphs"), DEFAULTS, "--epochs 18"), range(5)),
     # The published recipe as it stands, 240 epochs, in bfloat16.
-    "published": ({row: f"--amp --dataset cifar100 --data-dir data/cifar100 --student resnet20 "
-                        f"{flags} {PUBLISHED_TEACHER * (row != 'ce')}"
-                   for row, flags in PUBLISHED.items()}, range(1)),
-    "photographs-teacher": (PHOTO_TEACHERS, range(1)),
-    "photographs-tuning": (PHOTO_TUNING, range(1)),
+    "cifar100/published": (
+        {row: "--amp --dataset cifar100 --data-dir data/cifar100 --student resnet20 "
+              f"{flags} {PUBLISHED_TEACHER * (row != 'ce')}" for row, flags in PUBLISHED.items()},
+        range(1)),
+    "tuning/photographs-teacher": (PHOTO_TEACHERS, range(1)),
+    "tuning/photographs": (PHOTO_TUNING, range(1)),
     # At the rates of train.py: what the student is compared with, and the student.
-    "photographs-mobilenet": ({"ce": MOBILENET, "ce-224px": f"{MOBILENET} --image-size 224"},
-                              range(3)),
-    "photographs": ({method: f"--method {method} {PHOTO_STUDENT}"
-                     + (method != "ce") * f" --teacher mobilenet_v2 {taught_by('trashnet')}"
-                     for method in ("ce", "kd", "sld")}, range(3)),
+    "photographs/mobilenet_v2": (
+        {"ce": MOBILENET, "ce-224px": f"{MOBILENET} --image-size 224"}, range(3)),
+    "photographs/squeezenet1_0": (
+        {method: f"--method {method} {PHOTO_STUDENT}"
+         + (method != "ce") * f" --teacher mobilenet_v2 {taught_by('trashnet')}"
+         for method in ("ce", "kd", "sld")}, range(3)),
     # A ViT teaches.
-    "vit-teacher": (ladder(f"--teacher vit_nano {taught_by('glyphs-vit')}", DEFAULTS[1:]),
-                    range(3)),
+    "glyphs/vit-teacher": (
+        ladder(f"--teacher vit_nano {taught_by('glyphs-vit')}", DEFAULTS[1:]), range(3)),
 }
 
 

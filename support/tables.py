@@ -212,6 +212,13 @@ def markdown(head, lines):
                       *("| " + " | ".join(map(str, cells)) + " |" for cells in lines)])
 
 
+def mean_and_sd(numbers):
+    """{seed: number} as "82.58 ± 0.31", with the standard deviation of a sample."""
+    numbers = [*numbers.values()]
+    spread = f" ± {np.std(numbers, ddof=1):.2f}" if len(numbers) > 1 else ""
+    return f"{np.mean(numbers):.2f}{spread}"
+
+
 def interval_cell(found, digits=2):
     """An Interval as "+1.00 (-0.50 to +2.50)", with what of it is known."""
     if found.mean is None:
@@ -239,7 +246,8 @@ def verdict_cell(found, corrected=None):
 def table(rows, against=None):
     """Markdown of rows that may be compared, each with the one above, or all with the row
     `against`; the verdicts are then corrected for their number."""
-    config, _ = next(iter(next(iter(rows.values())).values()))
+    # Rows that may be compared have a part, a student and the number of epochs in common.
+    config, epochs = next(iter(next(iter(rows.values())).values()))
     part, key = config["evaluate"], top1_of(config)
     partner = dict(zip([*rows][1:], rows)) if against is None else dict.fromkeys(rows, against)
     differences = {name: top1_difference(rows[name], rows[other])
@@ -247,17 +255,13 @@ def table(rows, against=None):
     p = holm(differences) if against is not None else {}
     lines = []
     for name, row in rows.items():
-        config, epochs = next(iter(row.values()))
-        last = np.array([*last_top1(row).values()], dtype=np.float64)
-        best = [max(epoch[key] for epoch in epochs) for _, epochs in row.values()]
-        spread = f" ± {last.std(ddof=1):.2f}" if len(row) > 1 else ""
+        best = np.mean([max(epoch[key] for epoch in epochs) for _, epochs in row.values()])
         found = differences.get(name, Interval())
-        lines.append([name, config["student"], len(epochs), len(row),
-                      f"{last.mean():.2f}{spread}", f"{sum(best) / len(best):.2f}",
+        lines.append([name, len(row), mean_and_sd(last_top1(row)), f"{best:.2f}",
                       interval_cell(found), verdict_cell(found, p.get(name))])
-    made = markdown(
-        ["run", "student", "epochs", "n seeds", f"last epoch, {part} top-1 % (mean ± sd)",
-         f"best epoch (mean; selected on {part})",
+    made = f"{config['student']}, {len(epochs)} epoch{'s' * (len(epochs) > 1)}, {part} top-1 in %:"
+    made += "\n\n" + markdown(
+        ["run", "seeds", "last epoch (mean ± sd)", f"best epoch (mean; selected on {part})",
          f"difference to {against or 'the row above'} (95 % interval)",
          f"verdict{' (Holm)' if against else ''}"], lines)
     if p:

@@ -118,8 +118,8 @@ def test_the_examples_are_chosen_among_what_is_there(teacher, what, capsys):
 
 
 def test_missing_logs_name_the_command_that_makes_them(small, monkeypatch):
-    shutil.rmtree(small / "results/glyphs")
+    shutil.rmtree(small / "results/glyphs/9-epochs")
     cell, = [cell for cell in CODE if "def ladder" in cell.source]
     monkeypatch.chdir(small)
-    with pytest.raises(SystemExit, match="python results/run.py glyphs makes the logs"):
+    with pytest.raises(SystemExit, match="python results/run.py glyphs/9-epochs makes the logs"):
         exec(cell.source, dict(tables=tables, Path=Path, KD=pages.KD, WORDS=pages.WORDS))

@@ -1,7 +1,7 @@
 """Flags, config values, folders and damaged files drawn at random: a script ends with status 0, or
 with 2 and one line, never with a traceback, and changes no file outside its run folder.
 
-By hand, with the summary that is kept in results/reliability/draws.txt:
+By hand, with the summary that is kept in results/checks/reliability/draws.txt:
     python -m pytest tests/test_random_input.py --draws 5000 -s
 """
 import collections

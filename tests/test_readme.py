@@ -21,7 +21,9 @@ from swap import swap
 
 ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text(encoding="utf-8")
-PAGES = README + (ROOT / "results/README.md").read_text(encoding="utf-8")
+PAGES = "\n".join([README, *(page.read_text("utf-8")
+                            for page in sorted((ROOT / "results").rglob("README.md")))])
+TEXT = " ".join(PAGES.split())
 
 
 def commands_of(line):
@@ -113,7 +115,7 @@ METHODS = {"student alone": "01-ce-weak", "KD": "03-kd-weak", "KD, both views": 
            "SLD without swaps, a = 1 (more CE)": "14-kd-both-T1to6-more-ce",
            "GA, no pseudo-teacher": "07-GA-teacher", "SLD, no pseudo-teacher": "06-teacher-swap",
            "SLD": "09-sld", "DKD": "16-dkd-both", "RLD": "17-rld-both"}
-LADDERS = "glyphs", "glyphs-vit", "cifar100"
+LADDERS = "glyphs/9-epochs", "glyphs/vit", "cifar100/resnet8"
 
 
 def results_table():
@@ -145,8 +147,9 @@ def test_the_table_of_results_is_what_the_logs_give():
 def test_what_the_text_says_of_the_experiments():
     text = " ".join(README.split())
     for group, teacher, student, seeds, epochs in (
-            ("glyphs", "resnet14", "resnet8", 5, 9), ("glyphs-vit", "resnet14", "vit_nano", 5, 16),
-            ("cifar100", "resnet20", "resnet8", 3, 15)):
+            ("glyphs/9-epochs", "resnet14", "resnet8", 5, 9),
+            ("glyphs/vit", "resnet14", "vit_nano", 5, 16),
+            ("cifar100/resnet8", "resnet20", "resnet8", 3, 15)):
         for name, row in read_rows(ROOT / "results" / group).items():
             assert len(row) == seeds
             for config, _ in row.values():
@@ -196,35 +199,34 @@ def test_the_tables_are_what_the_logs_give(what):
 
 def test_what_the_text_says_of_twice_the_epochs():
     once, twice = (read_rows(ROOT / "results" / group)
-                   for group in ("glyphs", "glyphs-twice"))
+                   for group in ("glyphs/9-epochs", "glyphs/18-epochs"))
     gains = {row: top1_difference(twice[row], once[row])[0] for row in twice}
     said = "The student alone gains {:.1f} points, KD {:.1f}, SLD {:.1f}".format(*gains.values())
-    assert said in " ".join(PAGES.split()) and max(gains.values()) < 3
+    assert said in TEXT and max(gains.values()) < 3
     top1 = [{row: np.mean([*last_top1(rows[row]).values()]) for row in twice}
             for rows in (once, twice)]
     # Also the order of the rows of the table.
     assert all(sorted(means, key=means.get) == [*twice] for means in top1)
     assert {len(row) for row in twice.values()} == {5}
     _, low, high, _ = top1_difference(twice["03-kd-weak"], twice["01-ce-weak"])
-    assert low < 0 < high and "KD's lead over the student alone is small now and not shown" in PAGES
+    assert low < 0 < high and "KD's lead over the student alone is small now and not shown" in TEXT
 
 
 def test_what_the_text_says_of_the_vit_that_teaches():
-    text = " ".join(PAGES.split())
-    alone = read_rows(ROOT / "results/glyphs")["01-ce-weak"]
+    alone = read_rows(ROOT / "results/glyphs/9-epochs")["01-ce-weak"]
     kd, sld = (top1_difference(row, alone)
-               for row in read_rows(ROOT / "results/vit-teacher").values())
+               for row in read_rows(ROOT / "results/glyphs/vit-teacher").values())
     for said, (mean, low, high, _) in (("KD brings", kd), ("SLD", sld)):
-        assert f"{said} {mean:+.2f} " in text and f"({low:+.2f} to {high:+.2f})" in text
+        assert f"{said} {mean:+.2f} " in TEXT and f"({low:+.2f} to {high:+.2f})" in TEXT
         assert low < 0 < high
     _, rows = read_run(ROOT / "results/teachers/glyphs-vit/seed0")
-    assert f"`results/teachers/glyphs-vit`: {rows[-1]['test_top1']:.2f} %" in text
+    assert f"`results/teachers/glyphs-vit`: {rows[-1]['test_top1']:.2f} %" in TEXT
 
 
 def test_the_teacher_is_stable():
-    top1 = [value for row in read_rows(ROOT / "results/stability").values()
+    top1 = [value for row in read_rows(ROOT / "results/checks/stability").values()
             for value in last_top1(row).values()]
-    assert f"from {min(top1):.2f} to {max(top1):.2f} %" in PAGES and len(top1) == 12
+    assert f"from {min(top1):.2f} to {max(top1):.2f} %" in TEXT and len(top1) == 12
     assert max(top1) - min(top1) <= 1.5
 
 
@@ -239,13 +241,13 @@ def test_the_teachers_errors_are_those_of_the_notebook():
     # Of the strong views: the label second, below rank 10, and the probability moved.
     line, = [text for text in lines if text.startswith("teacher, strong views")]
     _, far, _ = re.findall(r"(\d+) %", line)
-    assert f"In {far} % of these last errors the label is below rank 10" in " ".join(PAGES.split())
+    assert f"In {far} % of these last errors the label is below rank 10" in TEXT
 
 
 @pytest.mark.parametrize("student, groups, methods", [
     # Not mlkd, which was not tuned, as the page says, nor what somebody else has added.
-    ("resnet8", ("tuning", "tuning-dkd", "tuning-rld"), {"ce", "kd", "sld", "dkd", "rld"}),
-    ("vit_nano", ("tuning-vit",), {"ce", "kd", "sld"})])
+    ("resnet8", ("tuning/glyphs", "tuning/dkd", "tuning/rld"), {"ce", "kd", "sld", "dkd", "rld"}),
+    ("vit_nano", ("tuning/vit",), {"ce", "kd", "sld"})])
 def test_the_rates_are_the_best_of_their_grids_and_inside_them(student, groups, methods):
     """On validation images: mean of the last epoch over the seeds, for each method."""
     best = {}
@@ -263,17 +265,17 @@ def test_the_rates_are_the_best_of_their_grids_and_inside_them(student, groups, 
         assert min(by_rate) < rate < max(by_rate)
     if student == "resnet8":
         flat = [top1 for rate, top1 in best["kd"].items() if rate >= 0.2]
-        assert f"from 0.2 to 0.8 lie within {max(flat) - min(flat):.1f} points" in PAGES
+        assert f"from 0.2 to 0.8 lie within {max(flat) - min(flat):.1f} points" in TEXT
         mlkd, sld = (train.resolve(train.Settings(method=name)).lr for name in ("mlkd", "sld"))
-        assert mlkd == sld and "mlkd was not tuned and has sld's" in PAGES
+        assert mlkd == sld and "mlkd was not tuned and has sld's" in TEXT
         three = {row[0][0]["lr"]: np.mean([last_top1(row)[k] for k in range(3)])
                  for row in rows if row[0][0]["method"] == "kd"}
-        assert f"three seeds put {three[0.2] - three[0.4]:.2f} points above 0.4" in PAGES
+        assert f"three seeds put {three[0.2] - three[0.4]:.2f} points above 0.4" in TEXT
 
 
 @pytest.mark.parametrize("group, methods", [
-    ("photographs-teacher", {"ce"}),
-    ("photographs-tuning", {"ce", "kd"})])
+    ("tuning/photographs-teacher", {"ce"}),
+    ("tuning/photographs", {"ce", "kd"})])
 def test_the_rates_for_photographs_are_as_good_as_the_best_of_their_grids(group, methods):
     """Within one standard error of the best, on the 202 validation images of TrashNet."""
     grids = {}
@@ -291,7 +293,7 @@ def test_the_rates_for_photographs_are_as_good_as_the_best_of_their_grids(group,
 
 
 def test_the_readme_says_what_fine_tuning_reaches_on_photographs():
-    row = read_rows(ROOT / "results/photographs-mobilenet")["ce"]
+    row = read_rows(ROOT / "results/photographs/mobilenet_v2")["ce"]
     config = row[0][0]
     assert (config["student"], config["image_size"], len(row)) == ("mobilenet_v2", 112, 3)
     s = train.resolve(train.Settings(method="ce", dataset="folder", student="mobilenet_v2"))
@@ -300,7 +302,7 @@ def test_the_readme_says_what_fine_tuning_reaches_on_photographs():
     text = " ".join(README.split())
     words = f"mobilenet_v2 alone {np.mean(values):.2f}±{np.std(values, ddof=1):.2f} (three)"
     assert words in text
-    students = read_rows(ROOT / "results/photographs")
+    students = read_rows(ROOT / "results/photographs/squeezenet1_0")
     assert all(row[0][0]["student"] == "squeezenet1_0" for row in students.values())
     ce, kd, sld = (last_top1(students[name])[0] for name in ("ce", "kd", "sld"))
     assert (f"distilling brought nothing: a squeezenet1_0 reads {ce:.1f} % alone, "
@@ -309,7 +311,7 @@ def test_the_readme_says_what_fine_tuning_reaches_on_photographs():
 
 def test_the_sample_output_is_that_of_the_committed_run():
     sample = re.search(r"```\n(teacher .*?)```", README, re.S).group(1)
-    _, rows = read_run(ROOT / "results/default-run/sld/seed0")
+    _, rows = read_run(ROOT / "results/glyphs/default-run/sld/seed0")
     s = train.resolve(train.Settings(method="sld"))
     lines = [line for line in sample.splitlines() if line.strip()[:1].isdigit()]
     assert lines == [console.epoch_line(row, s) for row in (rows[0], rows[-1])]
@@ -328,7 +330,7 @@ def test_the_sample_output_is_that_of_the_committed_run():
     assert f"So {wrong:.2f} % wrong and {teacher:.2f} % right belong to one teacher" in text
     minutes = sum(row["seconds"] for row in rows) / 60
     assert f"Training took {minutes:.1f} minutes (float32, two cores of an Intel Xeon)" in text
-    env = json.loads((ROOT / "results/default-run/sld/seed0/env.json").read_text("utf-8"))
+    env = json.loads((ROOT / "results/glyphs/default-run/sld/seed0/env.json").read_text("utf-8"))
     assert (env["device_name"], env["threads"]) == ("Intel(R) Xeon(R) Processor", 2)
 
 

@@ -51,7 +51,7 @@ def test_every_row_is_an_experiment(group, command, monkeypatch):
 
 def test_rows_of_a_family_share_their_rate():
     rates = {}
-    for row, flags in runner.GROUPS["glyphs"][0].items():
+    for row, flags in runner.GROUPS["glyphs/9-epochs"][0].items():
         words = flags.split()
         assert words.count("--lr") == 1
         rates.setdefault(runner.rate_of(runner.LADDER[row]), set()).add(
@@ -66,7 +66,7 @@ def test_rows_of_a_family_share_their_rate():
                                            ("ce-weight", runner.CE_WEIGHT)])
 def test_what_the_ladder_takes_is_the_best_of_its_grid_and_inside_it(group, chosen):
     means = {}
-    for row in read_rows(ROOT / "results" / f"tuning-{group}").values():
+    for row in read_rows(ROOT / "results" / "tuning" / group).values():
         config, _ = next(iter(row.values()))
         by_seed = last_top1(row)
         means[config[group.replace("-", "_")]] = sum(by_seed.values()) / len(by_seed)
@@ -202,17 +202,18 @@ def write_final(folder, top1, wrong, write_run):
 
 def test_the_tables_of_the_ladder_are_made_of_the_fresh_images(tmp_path, write_run, monkeypatch):
     monkeypatch.setattr(pages, "ROOT", tmp_path)
+    ladder = tmp_path / "results/glyphs/ladder"
     for row, top1 in {"sld-without-swaps": 80, "teacher-swap": 81, "kd-both": 82, "more-ce": 79.5,
                       "sld": 81, "student-alone": 78, "mask": 80.5}.items():
         for seed in range(3):
-            write_final(tmp_path / f"results/ladder/{row}/seed{seed}", top1 + seed, 9, write_run)
+            write_final(ladder / f"{row}/seed{seed}", top1 + seed, 9, write_run)
     for row, top1 in {"sld-without-swaps": 60, "teacher-swap": 66, "more-ce": 64, "sld": 67,
                       "mask": 63}.items():
         for seed in range(2):
-            write_final(tmp_path / f"results/teachers-by-error/3-epochs/{row}/seed{seed}",
+            write_final(tmp_path / f"results/glyphs/teachers-by-error/3-epochs/{row}/seed{seed}",
                         top1 + 0.1 * seed, 35, write_run)
 
-    lines = pages.ladder_table(tmp_path / "results/ladder", "sld-without-swaps").splitlines()
+    lines = pages.ladder_table(ladder, "sld-without-swaps").splitlines()
     # In the order of pages.ROWS.
     assert [line.split(" | ")[0] for line in lines[2:]] == [
         "| student-alone", "| kd-both", "| sld-without-swaps", "| more-ce", "| mask",
@@ -220,7 +221,7 @@ def test_the_tables_of_the_ladder_are_made_of_the_fresh_images(tmp_path, write_r
     assert lines[4] == "| sld-without-swaps | 3 | 81.00 ± 1.00 | - | 0.500 | 40.0 | 30.0 |"
     assert "| +1.00 (+1.00 to +1.00) |" in lines[7]
 
-    contrasts = pages.contrasts_table(tmp_path / "results/ladder").splitlines()[2:]
+    contrasts = pages.contrasts_table(ladder).splitlines()[2:]
     assert [line.split(" | ")[2] for line in contrasts] == [
         "+1.00 (+1.00 to +1.00)", "-1.00 (-1.00 to -1.00)", "+1.50 (+1.50 to +1.50)"]
 
@@ -251,10 +252,10 @@ def test_the_other_tables_are_what_the_files_give(kind):
 
 def test_the_readme_says_of_the_ladder_what_its_logs_show():
     text = " ".join((ROOT / "README.md").read_text("utf-8").split())
-    rows = read_rows(ROOT / "results/glyphs")
+    rows = read_rows(ROOT / "results/glyphs/9-epochs")
     assert {len(row) for row in rows.values()} == {5} and "five seeds each" in text
     kd, sld = "05-kd-both-T1to6", "09-sld"
-    made = pages.mistakes_of(ROOT / "results/glyphs", "made")
+    made = pages.mistakes_of(ROOT / "results/glyphs/9-epochs", "made")
     alone, taught = (sum(made[row].values()) / 5 for row in ("01-ce-weak", kd))
     assert f"a student repeats {alone:.0f} % of the teacher's, taught by KD {taught:.0f} %" in text
     top1 = {pair: top1_difference(*(rows[row] for row in pair))
@@ -275,7 +276,8 @@ def test_the_readme_says_of_the_ladder_what_its_logs_show():
     means = {row: sum(last_top1(rows[row]).values()) for row in rows}
     assert max(means, key=means.get) == "04-kd-both"
 
-    photographs, vit = (read_rows(ROOT / "results" / group) for group in ("cifar100", "glyphs-vit"))
+    photographs, vit = (read_rows(ROOT / "results" / group)
+                        for group in ("cifar100/resnet8", "glyphs/vit"))
     assert {len(row) for row in photographs.values()} == {3}
     assert "resnet8 (15 epochs), three seeds" in text
     assert {len(row) for row in vit.values()} == {5}
@@ -301,9 +303,9 @@ def test_the_readme_says_of_the_ladder_what_its_logs_show():
 
 def test_what_the_text_says_of_cifar100():
     text = " ".join((ROOT / "results/README.md").read_text("utf-8").split())
-    rows = read_rows(ROOT / "results/cifar100")
+    rows = read_rows(ROOT / "results/cifar100/resnet8")
     weak = rows["03-kd-weak"]
-    other = read_rows(ROOT / "results/cifar100-kd-rate")["kd-lr0.2"]
+    other = read_rows(ROOT / "results/cifar100/kd-rate")["kd-lr0.2"]
     six, sld = ([top1_difference(rows[row], kd)[0] for kd in (weak, other)]
                 for row in ("05-kd-both-T1to6", "09-sld"))
     assert f"bring KD {six[0]:.1f} points over one view at KD's." in text
@@ -323,7 +325,7 @@ def test_what_the_text_says_of_the_teacher_that_is_nearly_always_right():
     text = " ".join((ROOT / "results/README.md").read_text("utf-8").split())
     text = text[text.index("### A teacher that is nearly always right"):]
     rows, small = (read_rows(ROOT / "results" / group)
-                   for group in ("cifar100-strong", "cifar100"))
+                   for group in ("cifar100/strong-teacher", "cifar100/resnet8"))
     kd = "05-kd-both-T1to6"
     weak, strong = ([epoch[f"swap_teacher_{view}"] for row in rows.values()
                      for _, epochs in row.values() for epoch in epochs]
@@ -338,15 +340,15 @@ def test_what_the_text_says_of_the_teacher_that_is_nearly_always_right():
     means = [sum(values.values()) / 3 for values in top1.values()]
     assert max(means) - min(means) < 0.2 and "lie within 0.2 points of one another" in text
     less = top1_difference(rows[kd], small[kd])[0]
-    made = pages.mistakes_of(ROOT / "results/cifar100-strong", "made")[kd]
+    made = pages.mistakes_of(ROOT / "results/cifar100/strong-teacher", "made")[kd]
     assert f"05 ends {-less:.1f} points below what resnet20 brings it to" in text
     assert f"repeats {sum(made.values()) / 3:.0f} % of its teacher's mistakes" in text
 
 
 def test_what_the_text_says_of_the_vits_ladder():
     text = " ".join((ROOT / "results/README.md").read_text("utf-8").split())
-    rows = read_rows(ROOT / "results/glyphs-vit")
-    made = pages.mistakes_of(ROOT / "results/glyphs-vit", "made")
+    rows = read_rows(ROOT / "results/glyphs/vit")
+    made = pages.mistakes_of(ROOT / "results/glyphs/vit", "made")
     kd, weak, swaps = "05-kd-both-T1to6", "03-kd-weak", ("06-teacher-swap", "09-sld")
     gains = [top1_difference(rows[row], rows[weak])[0] for row in (kd, "09-sld")]
     assert "over KD on one view {:.1f} points, SLD {:.1f})".format(*gains) in text
@@ -366,10 +368,10 @@ def test_the_figure_of_the_differences(tmp_path, write_run, monkeypatch):
     for row, top1 in {"05-kd-both-T1to6": (50, 50, 50), "06-far": (52, 52.1, 51.9),
                       "07-GA-teacher": (51, 49, 50)}.items():
         for seed, value in enumerate(top1):
-            write_run(tmp_path / "results/glyphs" / row / f"seed{seed}", [value], seed=seed)
-    write_run(tmp_path / "results/cifar100/01-ce-weak/seed0", [50], seed=0)
+            write_run(tmp_path / f"results/glyphs/9-epochs/{row}/seed{seed}", [value], seed=seed)
+    write_run(tmp_path / "results/cifar100/resnet8/01-ce-weak/seed0", [50], seed=0)
     assert [*pages.ladders()] == ["glyphs"]
-    write_run(tmp_path / "results/cifar100/05-kd-both-T1to6/seed0", [50], seed=0, epochs=2)
+    write_run(tmp_path / "results/cifar100/resnet8/05-kd-both-T1to6/seed0", [50], seed=0, epochs=2)
     (ax,) = pages.draw_differences(pages.ladders()).axes
     assert [label.get_text() for label in ax.get_yticklabels()] == [
         "06-far", "GA, no pseudo-teacher"]
@@ -394,7 +396,7 @@ def test_the_teacher_in_the_repository_is_the_one_of_its_log():
     assert env["data"] == [glyphs.VERSION] and checkpoint["epoch"] == config["epochs"]
     # The very one of the ladder that is made with it, and of the README's run.
     digests = {json.loads(path.read_text("utf-8"))["teacher_digest"]
-               for name in ("ladder", "default-run")
+               for name in ("glyphs/ladder", "glyphs/default-run")
                for path in (ROOT / "results" / name).rglob("env.json")}
     assert digests == {weights_digest(teacher)}
     images, labels = glyphs.render(glyphs.N_TEST, seed=2)

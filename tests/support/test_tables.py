@@ -26,14 +26,15 @@ def test_the_table_is_computed_from_the_logs(tmp_path, write_run, command):
     # kd - ce: 20, 19, 24, mean 21, sd 2.6458, half-width 4.303 * 2.6458 / sqrt(3) = 6.573
     # kd2 - kd: 0, -2, 1, mean -0.3333, sd 1.5275, half-width 3.795
     assert status == 0 and cells(out) == [
-        ["1-ce", "resnet8", "3", "3", "42.00 ± 2.00", "47.00", "-", "-"],
-        ["2-kd", "resnet8", "3", "3", "63.00 ± 3.00", "63.00", "+21.00 (+14.43 to +27.57)",
+        ["1-ce", "3", "42.00 ± 2.00", "47.00", "-", "-"],
+        ["2-kd", "3", "63.00 ± 3.00", "63.00", "+21.00 (+14.43 to +27.57)",
          "better"],
-        ["3-kd2", "resnet8", "3", "3", "62.67 ± 3.79", "62.67", "-0.33 (-4.13 to +3.46)",
+        ["3-kd2", "3", "62.67 ± 3.79", "62.67", "-0.33 (-4.13 to +3.46)",
          "no difference shown"],
-        ["4-bad", "resnet8", "3", "1", "12.00", "12.00", "-48.00", "one seed: not known"]]
+        ["4-bad", "1", "12.00", "12.00", "-48.00", "one seed: not known"]]
+    assert out.startswith("resnet8, 3 epochs, test top-1 in %:\n\n")
     status, out, _ = command(evaluation, "--table", tmp_path, "--against", "2-kd")
-    assert [row[6:] for row in cells(out)] == [
+    assert [row[4:] for row in cells(out)] == [
         ["-21.00 (-27.57 to -14.43)", "worse (p = 0.01)"], ["-", "-"],
         ["-0.33 (-4.13 to +3.46)", "no difference shown (p = 0.74)"],
         ["-48.00", "one seed: not known"]]
@@ -163,7 +164,7 @@ def test_the_folder_of_all_runs_makes_a_table(tmp_path, write_run, command):
     write_run(tmp_path / "runs/glyphs-kd-resnet8/seed1", [50], seed=1, epochs=2)
     status, out, err = command(evaluation, "--table", tmp_path / "runs")
     assert status == 0, err
-    assert [(row[0], row[3]) for row in cells(out)] == [
+    assert [(row[0], row[1]) for row in cells(out)] == [
         ("glyphs-kd-resnet8", "1"), ("glyphs-sld-resnet8", "2"), ("no-teacher-swap", "1")]
     left_out, = [line for line in out.splitlines() if line.startswith("Left out")]
     assert left_out.endswith("glyphs-kd-resnet8/seed1 has 1 of 2 epochs.")
