@@ -39,8 +39,8 @@ ROWS = {
     "mask": "… without KL where the teacher errs", "add-wrong": "… with GA where it errs",
     "sort": "… with the label sorted to the first rank", "teacher-swap": "… with the teacher swap",
     "student-swap": "… with the student swap", "sld": "SLD",
-    "sld-from-epoch-1": "SLD, both swaps from epoch 1", "sld-detached": "SLD, detached",
-    "sld-standardized": "SLD, logits standardised", "dkd": "DKD, both views",
+    "sld-from-epoch-1": "SLD, both swaps from epoch 1", "sld-detached": "SLD, --detach",
+    "sld-standardized": "SLD, --standardize", "dkd": "DKD, both views",
     "rld": "RLD, both views", "mlkd": "MLKD",
 }
 # The questions that the ladder was made to answer, declared before it was run: (row, other row).
@@ -221,12 +221,12 @@ WORDS = {
     "01-ce-weak": "student alone", "02-ce-both": "student alone, both views",
     "03-kd-weak": "KD, weak view", "04-kd-both": "KD, both views, T = 4",
     "06-teacher-swap": "SLD, no pseudo-teacher", "07-GA-teacher": "GA, no pseudo-teacher",
-    "08-both-swaps": "SLD, γ = 0", "09-sld": "SLD", "10-sld-detached": "SLD, detached",
+    "08-both-swaps": "SLD, γ = 0", "09-sld": "SLD", "10-sld-detached": "SLD, --detach",
     "11-sld-weak": "SLD, weak view", "12-student-swap": "SLD, no teacher swap",
-    "13-kd-both-weight-x6": "KD, both views, b = 5.4",
+    "13-kd-both-weight-x6": "KD, both views, 6 x weight",
     "14-kd-both-T1to6-more-ce": "SLD without swaps, a = 1",
     "16-dkd-both": "DKD", "17-rld-both": "RLD",
-    "18-sld-standardized": "SLD, logits standardised",
+    "18-sld-standardized": "SLD, --standardize",
     "19-kd-both-T1to6-standardized": "… the same without swaps",
 }
 

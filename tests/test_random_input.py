@@ -2,7 +2,7 @@
 with 2 and one line, never with a traceback, and changes no file outside its run folder.
 
 By hand, with the summary that is kept in results/checks/reliability/draws.txt:
-    python -m pytest tests/test_random_input.py --draws 5000 -s
+    python -m pytest -m slow -n 0 tests/test_random_input.py --draws 5000 -s
 """
 import collections
 import json

@@ -2,7 +2,7 @@
 
 The kills are real: child processes, SIGKILL at random moments, also within slowed-down writes.
 Three in the suite; as many as you like with
-    python -m pytest tests/test_reliability.py -k kill --kills 50 -s
+    python -m pytest -m slow -n 0 tests/test_reliability.py -k kill --kills 50 -s
 """
 import errno
 import json

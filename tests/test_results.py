@@ -257,13 +257,15 @@ def test_the_readme_says_of_the_ladder_what_its_logs_show():
     kd, sld = "05-kd-both-T1to6", "09-sld"
     made = pages.mistakes_of(ROOT / "results/glyphs/9-epochs", "made")
     alone, taught = (sum(made[row].values()) / 5 for row in ("01-ce-weak", kd))
-    assert f"a student repeats {alone:.0f} % of the teacher's, taught by KD {taught:.0f} %" in text
+    assert (f"a student repeats {alone:.0f} % of the teacher's, taught by SLD without swaps "
+            f"{taught:.0f} %") in text
     top1 = {pair: top1_difference(*(rows[row] for row in pair))
             for pair in pages.CLAIMS.values()}
     p = holm(top1)
     assert (f"KD on both views at T = 4 lies {-top1[sld, '04-kd-both'][0]:.2f} above SLD, also "
             "not shown.") in text
-    assert f"starting the pseudo-teacher at once costs {top1[sld, '08-both-swaps'][0]:.1f}" in text
+    at_once = top1[sld, "08-both-swaps"][0]
+    assert f"starting the pseudo-teacher at once (γ = 0) costs SLD {at_once:.1f}" in text
     assert f"SLD beats RLD by {top1[sld, '17-rld-both'][0]:.1f} points" in text
     # Of these claims the README says that they are shown, of the others that they are not.
     assert {pair for pair, value in p.items() if value < 0.05} == {
