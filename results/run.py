@@ -30,6 +30,7 @@ from results import pages  # noqa: E402
 from support import glyphs  # noqa: E402
 from support.checkpoints import load_model, weights_digest  # noqa: E402
 from support.files import atomic_write  # noqa: E402
+from support.report import cost  # noqa: E402
 from support.runs import write_json  # noqa: E402
 from support.tables import is_finished, read_run  # noqa: E402
 from train import RECIPES  # noqa: E402
@@ -244,8 +245,9 @@ def teacher_in(flags):
 
 
 def measure_end(run, teacher):
-    """Write final.json beside the log of a run that is measured on test images: `eval.measure` of
-    its last epoch and, with a teacher (file, name), `eval.inheritance`; of glyphs on fresh ones."""
+    """Write final.json beside the log of a run that is measured on test images: `cost` and
+    `eval.measure` of its last epoch and, with a teacher (file, name), `eval.inheritance`; of glyphs
+    on fresh ones."""
     s, _ = read_run(run)
     if s["evaluate"] == "val":
         return
@@ -253,7 +255,7 @@ def measure_end(run, teacher):
     images, labels = fresh_glyphs() if s["dataset"].startswith("glyphs") else data.test
     student, _ = load_model(run, None, data)
     logits = predict(student, images, data.mean, data.std)
-    report = measure(logits, labels)
+    report = cost(student, images.shape[-1]) | measure(logits, labels)
     if teacher:
         teacher, _ = load_model(*teacher, data)
         teacher = remember(teacher, weights_digest(teacher), train.Settings(amp=False))

@@ -96,8 +96,11 @@ def test_the_end_of_a_run_is_measured_as_eval_measures_it(short, color_teacher, 
         runner.measure_end(method, (color_teacher, None))
         report = json.loads(Path(method, "final.json").read_text())
         _, out, _ = command(evaluation, method, "--teacher-checkpoint", color_teacher, "--json")
+        costs = {report.pop(name) for name in ("parameters", "megabytes", "milliseconds")}
         assert "top1" in report and "teacher_errors_made" in report
-        assert report.items() <= json.loads(out).items()
+        report_of_eval = json.loads(out)
+        assert report.items() <= report_of_eval.items()
+        assert report_of_eval["comparison"]["student"]["parameters"] in costs
     train.run(short(epochs=1, method="ce", evaluate="val"), "val")
     runner.measure_end("val", None)
     assert not Path("val/final.json").exists()
