@@ -42,7 +42,7 @@ VALUES = {
     "device": ["cpu", "tpu", *WORDS], "teacher-fix": [*train.losses.TEACHER_FIXES, *WORDS],
     "temperatures": ["1 4", "1 1e39", "4 x", *NUMBERS],
 }
-SWITCHES = ("amp", "detach", "student-swap", "standardize", "pretrained")
+SWITCHES = ("amp", "detach", "student-swap", "standardize", "pretrained", "cuda-graph")
 FORMS = {"RGB": "png jpg bmp webp gif tif", "L": "png jpg tif", "RGBA": "png webp tif",
          "P": "png gif", "1": "png tif", "I;16": "png tif", "F": "tif", "CMYK": "jpg tif",
          "LA": "png"}
@@ -172,7 +172,7 @@ def test_whatever_is_drawn_ends_well(command, easy_glyphs, request, monkeypatch,
     assert command(train, *(w for k, v in flags.items() for w in (f"--{k}", v)))[0] == 0
     shutil.copy("kept/last.pt", "teacher.pt")
     # At chance on images of noise; then every run with a teacher would end at once.
-    monkeypatch.setattr(train, "measure", lambda *a: evaluation.measure(*a) | dict(top1=60.0))
+    monkeypatch.setattr(train, "known_top1", lambda *a: 90.0)
     shutil.copytree("photos", "photos-kept", symlinks=True)
     shutil.copytree("data", "data-kept", dirs_exist_ok=True)
     for k in range(draws):
@@ -200,6 +200,8 @@ def test_whatever_is_drawn_ends_well(command, easy_glyphs, request, monkeypatch,
         assert state() == before, about
         counts[" ".join(what.split()[:2]), status] += 1
         slowest = max(slowest, (took, about[:200]))
+    # Half of them would be too much to ask, but some of each kind do end well.
+    assert draws < 200 or all(counts[kind, 0] for kind, _ in counts)
     for (kind, status), count in sorted(counts.items()):
         print(f"{kind:14s} status {status}: {count}")
     print(f"{draws} draws; the slowest took {slowest[0]:.1f} s: {slowest[1]}")
