@@ -118,7 +118,7 @@ RECIPES = {
     ("pretrained", "adamw"): dict(
         teacher="resnet50", student="mobilenet_v3_small", epochs=10, batch_size=64, lr=3e-4,
         schedule="cosine", warmup=24, weight_decay=0.05, drops=(150, 180, 210), gamma=150,
-        kd_warmup=20, of=240, teach=dict(epochs=10)),
+        kd_warmup=20, of=240),
     ("pretrained", "sgd"): dict(
         teacher="resnet50", student="mobilenet_v3_small", epochs=10, batch_size=64,
         lr=dict(ce=1e-3, kd=1e-3, sld=1e-4, dkd=1e-4, rld=1e-4, mlkd=1e-4), weight_decay=1e-4,

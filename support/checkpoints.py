@@ -43,7 +43,7 @@ def load_model(path, name=None, data=None):
     state = weights_in(path, checkpoint)
     said = checkpoint.get("architecture")
     if name and said and name != said:
-        raise UserError(f"{path}: holds a {said}, not a {name}")
+        raise UserError(f"{path}: holds a {said}, not a {name}; name it, with --teacher or --model")
     if not name and not said:
         raise UserError(f"{path}: does not say which network it is; name it with --model")
     name = name or said

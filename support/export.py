@@ -1,4 +1,5 @@
 """A network as an ONNX file, for programs without torch."""
+import json
 import warnings
 from pathlib import Path
 
@@ -65,7 +66,10 @@ def export(checkpoint, path, name=None, dataset=None, size=None):
                 wrapped, (torch.zeros(2, 3, side, side),), dynamo=True, verbose=False,
                 input_names=["images"], output_names=["logits"],
                 dynamic_shapes=({0: torch.export.Dim("N")},))
-        content = program.model_proto.SerializeToString()
+        proto = program.model_proto
+        if "classes" in about:
+            proto.metadata_props.add(key="classes", value=json.dumps(about["classes"]))
+        content = proto.SerializeToString()
     except Exception as error:
         # It can raise nearly anything.
         raise UserError(f"--export: torch.onnx cannot export this {name} "
@@ -75,9 +79,13 @@ def export(checkpoint, path, name=None, dataset=None, size=None):
     with atomic_write(path) as file:
         file.write(content)
     whole = stored_side(side) if dataset in PHOTOGRAPHS else side
-    crop = f", of which\n          the middle {side} x {side}" if whole != side else ""
+    crop = f", of which the middle {side} x {side}" if whole != side else ""
+    classes = about.get("classes", [])
+    order = f": {', '.join(classes[:5])}{', …' * (len(classes) > 5)}" if classes else ""
     return (f"{path}: {name}, ONNX opset {program.model.opset_imports['']}, one file\n"
             f"takes     images (N, 3, {side}, {side}), any N: RGB from 0 to 1, float32\n"
-            f"gives     logits (N, {program.model.graph.outputs[0].shape[1]})\n"
-            f"prepare   as eval.py does: the middle square of an image, resized to {whole} x "
-            f"{whole} pixels{crop}; divided by 255, not normalised: the file does that")
+            f"gives     logits (N, {program.model.graph.outputs[0].shape[1]}){order}\n"
+            f"{'          its metadata lists the classes, as JSON' + chr(10) if classes else ''}"
+            "prepare   as eval.py does: turned upright as EXIF says, on white where transparent, "
+            f"the middle\n          square resized to {whole} x {whole} pixels (bilinear){crop};\n"
+            "          divided by 255, not normalised: the file does that")

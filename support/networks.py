@@ -77,7 +77,7 @@ def published(name):
         # No network, no space, or a damaged file, which can raise nearly any exception.
         reason, folder = str(error).split("\n")[0], Path(torch.hub.get_dir()) / "checkpoints"
         raise ValueError(f"{name}: cannot load {Path(weights.url).name} ({reason}); put a whole "
-                         f"one, from {weights.url}, into {folder}")
+                         f"one, from {weights.url}, into {folder}, or give --no-pretrained")
 
 
 def check_name(name, ours):

@@ -71,9 +71,23 @@ def has_parts(root):
     return len(named) > 1 or any(class_names(root / name) for name in named)
 
 
+def looks_like_one(root):
+    """Whether `root` is a folder of parts, or of classes with images."""
+    return root.is_dir() and (has_parts(root) or any(
+        file.lower().endswith(_endings()) for name in class_names(root)
+        for file in os.listdir(root / name)))
+
+
 def part(root, *names):
-    """The first of these folders in `root`, or None."""
-    return next((root / name for name in names if (root / name).is_dir()), None)
+    """The first of these folders in `root`, in small letters or capitals, or None."""
+    there = {name.lower(): root / name for name in reversed(class_names(root))}
+    return next((there[name] for name in names if name in there), None)
+
+
+def _is_part(root):
+    """Whether `root` is one of the parts that lie beside each other."""
+    above = root.resolve()
+    return above.name.lower() in PARTS and has_parts(above.parent)
 
 
 def has_val(root):
@@ -116,8 +130,11 @@ def load(name, root, size, n_classes, cropped, train, measured="test"):
         raise UserError(f"--data-dir {root}: {len(classes)} classes in {train_folder.name}/, where "
                         f"{name} has {n_classes}")
     if len(classes) < 2:
+        images = f"; it holds images, so give the folder above it: --data-dir {train_folder.parent}"
         raise UserError(f"{train_folder}: has the classes {classes}; a classifier needs at least 2"
-                        + f"; --data-dir should hold {expected}" * whole)
+                        + f"; --data-dir should hold {expected}" * whole
+                        + images * any(name.lower().endswith(_endings())
+                                       for name in os.listdir(train_folder)))
     if whole and any(has_parts(root / name) for name in classes):
         raise UserError(f"--data-dir {root}: its folders hold parts, not images of a class; give "
                         "one of them")
@@ -126,10 +143,15 @@ def load(name, root, size, n_classes, cropped, train, measured="test"):
     if whole:
         n = len(test_paths)
         (paths, labels), (test_paths, test_labels) = split(root, classes, test_paths, test_labels)
+        beside = f"; for all of {root.resolve().parent} give that" if _is_part(root) else ""
         print(f"note      {root} has no train/ and test/: the test part is about a fifth of each "
-              f"class, chosen by the files' names, {len(test_paths)} of {n} images")
+              f"class, chosen by the files' names, {len(test_paths)} of {n} images{beside}")
     elif train:
         paths, labels = image_files(train_folder, classes, left_out)
+    absent = [classes[k] for k in sorted({*range(len(classes))} - {*test_labels.tolist()})]
+    if absent and not whole:
+        more = f" and {len(absent) - 3} more" if len(absent) > 3 else ""
+        print(f"note      {test_folder} has no image of {', '.join(absent[:3])}{more}")
     if left_out:
         print("note      left out, since Pillow does not read them here: " + described(left_out))
 
@@ -357,7 +379,7 @@ def _decode(folder, paths, shape, path):
     """Write the images into the file `path`, followed by the digest of their names and pixels."""
     for left_by_a_kill in CACHE.glob("*px-*.npy.*.tmp"):
         left_by_a_kill.unlink()
-    print(f"decoding {len(paths)} images into {path} ({math.prod(shape) / 2 ** 30:.1f} GiB)",
+    print(f"decoding {len(paths)} images into {path} ({math.prod(shape) / 1e6:,.1f} MB)",
           flush=True)
     # The file is written, not mapped: writing to a map would end the process on a full disk.
     # Threads suffice, since Pillow decodes without the GIL. Taking 512 images at a time bounds how

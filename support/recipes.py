@@ -1,11 +1,12 @@
 """How a table of recipes, train.RECIPES, becomes the settings of one experiment."""
 import dataclasses
 import inspect
+from pathlib import Path
 
 import losses
 from data import DATASETS
 from models import check_name, check_size
-from support import tables
+from support import photographs, tables
 from support.errors import UserError, as_user_error, nearest
 from support.networks import TORCHVISION
 from support.settings import check_sense, check_values, flag
@@ -43,11 +44,13 @@ def of_teacher(s, table, n):
     pretrained = s.pretrained if s.teacher in TORCHVISION else None
     optimizer = optimizer_of(s.dataset, s.teacher, pretrained)
     row = table[_key(s.dataset, optimizer, s.teacher, pretrained)]
+    # Photographs may be so few that more and smaller steps are needed, for both networks.
+    tuned = is_fine_tuned(s.dataset, s.teacher, pretrained)
     return dict(
         method="ce", dataset=s.dataset, data_dir=s.data_dir, image_size=s.image_size,
         student=s.teacher, pretrained=pretrained,
         seed=1000, evaluate=s.evaluate, amp=s.amp, device=s.device, epochs=s.epochs,
-        batch_size=min(row["batch_size"], n)) | row.get("teach", {})
+        batch_size=min(s.batch_size if tuned else row["batch_size"], n)) | row.get("teach", {})
 
 
 def drops(s, table):
@@ -77,6 +80,10 @@ def resolve(s, table, views):
     given = check_values(s)
     method, dataset = given.get("method", "sld"), given.get("dataset", "glyphs")
     refuse_foreign(given, method)
+    if ("dataset" not in given and "data_dir" in given
+            and photographs.looks_like_one(Path(given["data_dir"]))):
+        raise UserError(f"--data-dir {given['data_dir']}: holds folders of images; give --dataset "
+                        "folder with it")
     roles = ("student",) if method == "ce" else ("student", "teacher")
     # For photographs a network of torchvision has a partner from torchvision.
     theirs = dataset == "folder" and any(given.get(role) in TORCHVISION for role in roles)

@@ -55,7 +55,7 @@ def comparison(teacher, student, C, part, device):
     size, slowness = (teacher[k] / student[k] for k in ("parameters", "milliseconds"))
     lead = teacher["top1"] - student["top1"]
     lines.append(f"ratio     teacher to student: {size:.1f} in size, {slowness:.1f} in time (one "
-                 f"image at a time on {device}), {lead:+.2f} points")
+                 f"image at a time on {device}); the teacher leads by {lead:.2f} points")
     if student["top1"] <= near_chance(C):
         lines.append(f"warning   the student is no better than {near_chance(C):.2f} %, near "
                      "chance: it has learnt nothing; try a tenth of the learning rate")

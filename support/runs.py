@@ -16,6 +16,7 @@ import filelock
 import torch
 
 from support.checkpoints import load_model
+from support.console import data_name
 from support.devices import environment, memory_is_full
 from support.distributed import by_the_first, process
 from support.errors import UserError
@@ -29,11 +30,6 @@ LEFT_OVER = re.compile(r"(config|env|metrics|curves|best|last)\.(jsonl?|png|pt)\
 
 
 # --- Folders --------------------------------------------------------------------------------------
-
-def data_name(s):
-    """The data set's name, or that of the folder of photographs."""
-    return Path(s.data_dir).resolve().name if s.dataset == "folder" else s.dataset
-
 
 def is_empty(folder):
     return all(path.name == "lock" or LEFT_OVER.fullmatch(path.name) for path in folder.iterdir())
@@ -108,7 +104,8 @@ def free_folder(s, lock):
 
 def teacher_folder(s, data, mine):
     """Where the teacher that is trained for the settings s, by its own settings `mine`, is kept.
-    The name says the images, whether a validation part was held out, pretraining and the epochs."""
+    The name says the images, whether a validation part was held out, pretraining with its batch
+    size, and the epochs."""
     name = data_name(s) if data.area is None else f"{data_name(s)}-{s.image_size}px"
     if data.digests:
         # Two folders may share a name: their images tell them apart.
@@ -116,7 +113,7 @@ def teacher_folder(s, data, mine):
     if data.held_out:
         name += "-val"
     if mine["pretrained"]:
-        name += "-pretrained"
+        name += f"-pretrained-batch-{mine['batch_size']}"
     return Path(f"runs/teacher-{name}-{mine['epochs']}-epochs-{s.teacher}")
 
 
@@ -135,7 +132,9 @@ def reopen(given, run_dir, resolve):
     config = read_config(folder)
     try:
         if not config:
-            raise ValueError("config.json is missing or damaged")
+            seeds = sorted(folder.glob("seed*/config.json"))
+            raise ValueError(f"for a run in it give {seeds[0].parent}" if seeds else
+                             "config.json is missing or damaged")
         s = resolve(config)
     except (ValueError, TypeError) as error:
         raise UserError(f"--resume: {folder} holds no run to go on with ({error}); start anew with "

@@ -68,8 +68,9 @@ def find_runs(folder):
                         "them")
 
     def in_order(run):
-        words = re.split(r"(\d+(?:\.\d+)?)", str(run))
-        return [float(word) if k % 2 else word for k, word in enumerate(words)]
+        # Part by part, so that a folder comes before its numbered neighbours, x before x-2.
+        words = [re.split(r"(\d+(?:\.\d+)?)", part) for part in run.parts]
+        return [[float(word) if k % 2 else word for k, word in enumerate(part)] for part in words]
     return [(str(run.parent if len(run.parts) > 1 else run), folder / run)
             for run in sorted(runs, key=in_order)]
 

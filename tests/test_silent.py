@@ -102,10 +102,11 @@ def test_a_student_that_learns_nothing_is_said_once(short, monkeypatch, capsys):
     for epochs, at in ((2, 2), (15, 13)):
         train.run(short(method="ce", lr=1e-12, epochs=epochs), f"run{epochs}")
         lines = capsys.readouterr().out.splitlines()
-        where = [k for k, line in enumerate(lines) if line.startswith("warning   no better than")]
+        where = [k for k, line in enumerate(lines) if line.startswith("warning   hardly better")]
         assert len(where) == 1 and lines[where[0] - 1].split()[0] == str(at)
         assert ("33.33 % test top-1, NLL 1.099; to know only how frequent each class is gives "
-                "33.33 % and 1.099; try a tenth of --lr 1e-12, or") in lines[where[0]]
+                f"33.33 % and 1.099; only {4 * epochs} steps in all; if it learns little, try "
+                "--batch-size 16 --epochs 38") in lines[where[0]]
     # Not undo(), which would also leave this test's own folder.
     monkeypatch.setattr(train, "create_model", real)
     train.run(short(method="ce", epochs=2), "learns")
@@ -254,6 +255,11 @@ def test_a_config_of_wrong_values_is_not_resumed(trained, command, change):
     Path("run/config.json").write_text(json.dumps(
         config | change if isinstance(change, dict) else change))
     refused(command(train, "--resume", "--run-dir", "run"), "run holds no run to go on with")
+
+
+def test_resume_of_a_row_names_its_first_seed(trained, command):
+    shutil.move("run", "row/seed3")
+    refused(command(train, "--resume", "--run-dir", "row"), "for a run in it give row/seed3")
 
 
 def test_a_cached_teacher_of_a_cut_off_config(colors, command, base):

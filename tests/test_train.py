@@ -162,6 +162,16 @@ def test_what_each_recipe_comes_to():
         assert found == expected, given
 
 
+def test_a_fine_tuned_teacher_takes_the_students_steps():
+    s = resolve(Settings(dataset="folder", student="mobilenet_v3_small", epochs=30, batch_size=16))
+    mine = recipes.of_teacher(s, train.RECIPES, 186)
+    assert (mine["student"], mine["epochs"], mine["batch_size"]) == ("resnet50", 30, 16)
+    # Others have a recipe of their own.
+    s = resolve(Settings(epochs=30, batch_size=16))
+    mine = recipes.of_teacher(s, train.RECIPES, 16_000)
+    assert (mine["student"], mine["epochs"], mine["batch_size"]) == ("resnet14", 12, 64)
+
+
 def test_glyphs_has_tuned_rates_and_the_other_data_sets_the_published_ones():
     """All but mlkd's on glyphs, which is sld's."""
     methods = ("ce", "kd", "sld", "dkd", "rld", "mlkd")
@@ -467,7 +477,8 @@ def test_a_pretrained_teacher_and_student_on_photographs(colors, command, publis
     monkeypatch.setitem(train.RECIPES["pretrained", "adamw"], "teach", dict(epochs=1))
     seen = []
     monkeypatch.setattr(train, "predict", lambda *a, **k: seen.append(k) or evaluation.predict(*a))
-    for more, endings in (((), ["-pretrained"]), (["--no-pretrained"], ["", "-pretrained"])):
+    for more, endings in (((), ["-pretrained-batch-32"]),
+                          (["--no-pretrained"], ["", "-pretrained-batch-32"])):
         status, out, err = command(train, *arguments, "--teacher", name, "--student", name, *more,
                                    "--method", "kd", "--batch-size", 32, "--epochs", 1)
         # While the teacher trains, nothing is called the student.

@@ -49,8 +49,12 @@ def test_the_file_gives_the_logits_of_eval(session, short, colors, command):
     assert "takes     images (N, 3, 56, 56), any N: RGB from 0 to 1" in out
     assert "ONNX opset " in out and "gives     logits (N, 3)" in out
     # A photograph that is not square, prepared by the words of the message alone.
-    assert ("the middle square of an image, resized to 64 x 64 pixels, of which\n          the "
-            "middle 56 x 56; divided by 255, not normalised") in out
+    assert ("the middle square resized to 64 x 64 pixels (bilinear), of which the middle 56 x 56; "
+            "divided by 255, not normalised") in " ".join(out.split())
+    # The order of the logits, also for those who have nothing but the file.
+    assert "gives     logits (N, 3): blue, green, red\n" in out
+    classes = session("student.onnx").get_modelmeta().custom_metadata_map["classes"]
+    assert json.loads(classes) == ["blue", "green", "red"]
     pixels = np.random.default_rng(0).integers(0, 256, (90, 70, 3), np.uint8)
     Image.fromarray(pixels).resize((350, 450)).save("photo.png")
     _, out, _ = command(evaluation, "run", "--predict", "photo.png", "--json")
@@ -68,7 +72,8 @@ def test_a_foreign_file_of_images_that_are_not_cropped(session, command):
     refused(command(evaluation, *flags, "--dataset", "folder"), "bare.pt: vit_nano does not take")
     status, out, err = command(evaluation, *flags, "--dataset", "cifar10")
     assert status == 0, err
-    assert "resized to 32 x 32 pixels; divided by 255" in out
+    assert "resized to 32 x 32 pixels (bilinear); divided by 255" in " ".join(out.split())
+    assert "gives     logits (N, 10)\n" in out
     images = torch.randint(256, (6, 3, 32, 32), dtype=torch.uint8)
     facts = data.DATASETS["cifar10"]
     expected = evaluation.predict(load_model("bare.pt", "vit_nano")[0], images, facts.mean,

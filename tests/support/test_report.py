@@ -43,7 +43,7 @@ def test_teacher_and_student_side_by_side(top1, C, warning):
     assert second == (f"student   small: {top1[1]:.2f} % val top-1, 120,000 parameters, 0.50 MB, "
                       "0.60 ms an image")
     assert third == ("ratio     teacher to student: 2.5 in size, 1.5 in time (one image at a time "
-                     f"on cpu), {top1[0] - top1[1]:+.2f} points")
+                     f"on cpu); the teacher leads by {top1[0] - top1[1]:.2f} points")
     assert len(rest) == bool(warning)
     assert not warning or rest[0].startswith("warning   the ") and warning in rest[0]
 

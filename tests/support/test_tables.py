@@ -67,6 +67,12 @@ def test_rows_with_numbers_stand_by_size(tmp_path, write_run):
     assert [*read_rows(tmp_path)] == ["2-a", "12-b", "lr0.3", "lr3", "lr10"]
 
 
+def test_a_row_stands_before_its_numbered_neighbours(tmp_path, write_run):
+    for name in ("kd-resnet8-10", "kd-resnet8", "kd-resnet8-2", "ce-resnet8"):
+        write_run(tmp_path / name / "seed0", [50], seed=0)
+    assert [*read_rows(tmp_path)] == ["ce-resnet8", "kd-resnet8", "kd-resnet8-2", "kd-resnet8-10"]
+
+
 def test_holm_corrects_for_the_number_of_comparisons(tmp_path, write_run):
     rows = {"base": (0, 0, 0, 0), "far": (2.0, 2.1, 1.9, 2.0), "near": (0.9, 1.2, 0.3, 1.6),
             "same": (0, 0, 0, 0), "none": (0.1, -0.2, 0.2, -0.1)}
