@@ -408,3 +408,16 @@ def test_the_teacher_in_the_repository_is_the_one_of_its_log():
     top1 = measure(predict(teacher, images, checkpoint["mean"], checkpoint["std"]), labels)["top1"]
     # One image in a thousand may fall differently on another processor.
     assert top1 == pytest.approx(epochs[-1]["test_top1"], abs=0.1)
+
+
+def test_what_the_text_says_of_the_published_row():
+    ends = {}
+    for row in ("ce", "kd"):
+        config, epochs = read_run(ROOT / f"results/cifar100/published/{row}/seed0")
+        assert config["epochs"] == len(epochs) == 240 and config["method"] == row
+        ends[row] = epochs[-1]["test_top1"]
+    readme, page = (" ".join((ROOT / name).read_text("utf-8").split())
+                    for name in ("README.md", "results/README.md"))
+    assert (f"end at {ends['ce']:.2f} % for the student alone and {ends['kd']:.2f} % with KD; the "
+            "field's table (RepDistiller, last epoch) has 69.06 and 70.66.") in readme
+    assert f"The student alone ends at {ends['ce']:.2f} %, KD at {ends['kd']:.2f} %." in page
