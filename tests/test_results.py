@@ -419,5 +419,6 @@ def test_what_the_text_says_of_the_published_row():
     readme, page = (" ".join((ROOT / name).read_text("utf-8").split())
                     for name in ("README.md", "results/README.md"))
     assert (f"end at {ends['ce']:.2f} % for the student alone and {ends['kd']:.2f} % with KD; the "
-            "field's table (RepDistiller, last epoch) has 69.06 and 70.66.") in readme
+            "field's table (RepDistiller, last epoch) has 69.06 and 70.66; one standard error is "
+            f"{100 * (ends['ce'] / 100 * (1 - ends['ce'] / 100) / 10_000) ** 0.5:.2f}.") in readme
     assert f"The student alone ends at {ends['ce']:.2f} %, KD at {ends['kd']:.2f} %." in page
