@@ -79,8 +79,8 @@ def final_of(folder, number):
     """{row: {seed: number(report)}} of the reports final.json below `folder`."""
     found = {}
     for path in sorted(Path(folder).glob("*/*/final.json")):
-        seed, report = int(path.parent.name.removeprefix("seed")), json.loads(path.read_text())
-        found.setdefault(path.parts[-3], {})[seed] = number(report)
+        seed = int(path.parent.name.removeprefix("seed"))
+        found.setdefault(path.parts[-3], {})[seed] = number(json.loads(path.read_text("utf-8")))
     return found
 
 
@@ -160,15 +160,18 @@ def gains_by_teacher():
     found = []
     for teacher, folder in TEACHERS.items():
         top1 = top1_of(ROOT / folder)
-        if "sld" not in top1:
+        # Not begun, or not far enough.
+        if not {"sld", "sld-without-swaps"} <= {*top1}:
             continue
         logs = [read_run(run)[1] for run in sorted((ROOT / folder / "sld").glob("*"))]
         wrong = np.mean([epoch["swap_teacher_weak"] for log in logs for epoch in log])
         theirs = final_of(ROOT / folder, lambda report: report["teacher_top1"])["sld"]
-        # The ladder's student alone had no teacher, so it goes with any.
-        rows = top1_of(ROOT / "results/glyphs/ladder") | top1
+        # The ladder's student alone had no teacher, so it goes with any. Other rows do not.
+        rows = top1 | {row: by_seed for row, by_seed in top1_of(ROOT / "results/glyphs/ladder")
+                       .items() if row == "student-alone"}
         found.append((teacher, next(iter(theirs.values())), wrong,
-                      {row: difference(rows[row], rows["sld-without-swaps"]) for row in GAINS}))
+                      {row: difference(rows[row], rows["sld-without-swaps"])
+                       for row in GAINS if row in rows}))
     return sorted(found, key=lambda line: line[2])
 
 

@@ -71,8 +71,9 @@ def data_name(s):
 
 
 def more_steps(s, data):
-    """Flags for some 300 steps where the training images make less than 200, "" otherwise: with
-    30 steps a network that 300 bring to 96 % is no better than guessing."""
+    """How few steps the training images make, and flags for some 300, where they are less than
+    200; otherwise "". After 30 steps a network was no better than guessing that 360 brought to
+    96 %."""
     n = len(data.train[1])
     steps, batch = math.ceil(n / s.batch_size) * s.epochs, min(16, s.batch_size)
     if steps >= 200 or s.dataset != "folder":
@@ -122,8 +123,7 @@ def introduce(s, data, learner, folder, drops, own):
     precision = f"mixed precision ({half})" if s.amp else "float32"
     world = process()[1]
     device = next(learner.student.parameters()).device
-    few = more_steps(s, data)
-    few = few and f"note      {few}\n"
+    few = f"note      {advice}\n" if (advice := more_steps(s, data)) else ""
     print(f"data      {data_name(s)}: {len(data.train[1])} training and {len(data.test[1])} "
           f"{PARTS[s.evaluate]} images, {len(data.classes)} classes, {s.image_size} px\n"
           f"{few}{in_words(s, drops, own)}\n"

@@ -66,9 +66,9 @@ def export(checkpoint, path, name=None, dataset=None, size=None):
                 wrapped, (torch.zeros(2, 3, side, side),), dynamo=True, verbose=False,
                 input_names=["images"], output_names=["logits"],
                 dynamic_shapes=({0: torch.export.Dim("N")},))
-        proto = program.model_proto
-        if "classes" in about:
-            proto.metadata_props.add(key="classes", value=json.dumps(about["classes"]))
+        proto, classes = program.model_proto, about.get("classes", [])
+        if classes:
+            proto.metadata_props.add(key="classes", value=json.dumps(classes))
         content = proto.SerializeToString()
     except Exception as error:
         # It can raise nearly anything.
@@ -80,7 +80,6 @@ def export(checkpoint, path, name=None, dataset=None, size=None):
         file.write(content)
     whole = stored_side(side) if dataset in PHOTOGRAPHS else side
     crop = f", of which the middle {side} x {side}" if whole != side else ""
-    classes = about.get("classes", [])
     order = f": {', '.join(classes[:5])}{', …' * (len(classes) > 5)}" if classes else ""
     return (f"{path}: {name}, ONNX opset {program.model.opset_imports['']}, one file\n"
             f"takes     images (N, 3, {side}, {side}), any N: RGB from 0 to 1, float32\n"

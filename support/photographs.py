@@ -74,8 +74,12 @@ def has_parts(root):
 def looks_like_one(root):
     """Whether `root` is a folder of parts, or of classes with images."""
     return root.is_dir() and (has_parts(root) or any(
-        file.lower().endswith(_endings()) for name in class_names(root)
-        for file in os.listdir(root / name)))
+        _holds_images(root / name) for name in class_names(root)))
+
+
+def _holds_images(folder):
+    """Whether images lie in the folder itself."""
+    return any(is_data(name) and _is_image(name) for name in os.listdir(folder))
 
 
 def part(root, *names):
@@ -133,8 +137,7 @@ def load(name, root, size, n_classes, cropped, train, measured="test"):
         images = f"; it holds images, so give the folder above it: --data-dir {train_folder.parent}"
         raise UserError(f"{train_folder}: has the classes {classes}; a classifier needs at least 2"
                         + f"; --data-dir should hold {expected}" * whole
-                        + images * any(name.lower().endswith(_endings())
-                                       for name in os.listdir(train_folder)))
+                        + images * _holds_images(train_folder))
     if whole and any(has_parts(root / name) for name in classes):
         raise UserError(f"--data-dir {root}: its folders hold parts, not images of a class; give "
                         "one of them")
@@ -199,7 +202,7 @@ def image_files(folder, classes, left_out):
     paths, labels = [], []
     for name in names:
         files = list(_files_below(os.path.join(folder, name)))
-        found = [path for path in files if path.lower().endswith(_endings())]
+        found = [path for path in files if _is_image(path)]
         others = sorted({*files} - {*found})
         if not found:
             raise UserError(f"{folder}: class {name!r} has no image; every class needs at least "
@@ -223,6 +226,10 @@ def _endings():
         pillow_heif.register_heif_opener()
     Image.init()
     return tuple(end for end, form in Image.registered_extensions().items() if form in Image.OPEN)
+
+
+def _is_image(name):
+    return name.lower().endswith(_endings())
 
 
 def described(left_out):

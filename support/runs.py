@@ -129,12 +129,12 @@ def reopen(given, run_dir, resolve):
     names = ", ".join(flag(k) for k in given if k not in MAY_CHANGE_ON_RESUME)
     if names:
         raise UserError(f"--resume: {folder} goes on with its own settings; leave out {names}")
-    config = read_config(folder)
+    config, seeds = read_config(folder), sorted(folder.glob("seed*/config.json"))
+    if seeds and not config:
+        raise UserError(f"--resume: {folder} is no run; for a run in it give {seeds[0].parent}")
     try:
         if not config:
-            seeds = sorted(folder.glob("seed*/config.json"))
-            raise ValueError(f"for a run in it give {seeds[0].parent}" if seeds else
-                             "config.json is missing or damaged")
+            raise ValueError("config.json is missing or damaged")
         s = resolve(config)
     except (ValueError, TypeError) as error:
         raise UserError(f"--resume: {folder} holds no run to go on with ({error}); start anew with "

@@ -2,6 +2,7 @@
 changes no digit, and the pages say what the logs show."""
 import json
 import re
+import shutil
 from pathlib import Path
 
 import pytest
@@ -238,6 +239,12 @@ def test_the_tables_of_the_ladder_are_made_of_the_fresh_images(tmp_path, write_r
     assert gains[1]["sld"] == pytest.approx(7) and gains[1]["mask"] == pytest.approx(3)
     table = pages.gains_table().splitlines()
     assert table[3].startswith("| 3 epochs | 80.00 | 35.0 | +6.00 (+6.00 to +6.00) |")
+    # A ladder that is not whole yet.
+    for row in ("mask", "more-ce"):
+        shutil.rmtree(tmp_path / f"results/glyphs/teachers-by-error/3-epochs/{row}")
+    assert pages.gains_by_teacher()[1][3].keys() < gains[1].keys()
+    shutil.rmtree(tmp_path / "results/glyphs/teachers-by-error/3-epochs/sld-without-swaps")
+    assert [name for name, *_ in pages.gains_by_teacher()] == ["12 epochs"]
     (ax,) = pages.draw_gains(found).axes
     drawn = {line.get_label(): line.get_ydata() for line in ax.lines if line.get_marker() == "o"}
     assert drawn["SLD"] == pytest.approx([1, 7])

@@ -474,7 +474,6 @@ def test_a_pretrained_teacher_and_student_on_photographs(colors, command, publis
     assert status == 0 and "top1" in out, err
     # A teacher is fine-tuned first, and is another one than without the weights.
     monkeypatch.setattr(train, "measure", lambda *a: dict(top1=60.0, top5=100.0, nll=1.0))
-    monkeypatch.setitem(train.RECIPES["pretrained", "adamw"], "teach", dict(epochs=1))
     seen = []
     monkeypatch.setattr(train, "predict", lambda *a, **k: seen.append(k) or evaluation.predict(*a))
     for more, endings in (((), ["-pretrained-batch-32"]),
