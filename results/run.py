@@ -149,7 +149,7 @@ PHOTO_TEACHERS = {
     for lr in rates}
 PHOTO_STUDENT = f"--student squeezenet1_0 {TRASHNET} --epochs 10"
 PHOTO_GRID = {("ce", "sgd"): (0.0003, 0.001, 0.003),
-              **{(method, "adamw"): (0.0001, 0.0003, 0.001)
+              **{(method, "adamw"): (0.00003, 0.0001, 0.0003, 0.001)
                  for method in ("ce", "kd", "sld", "mlkd", "dkd", "rld")}}
 PHOTO_TUNING = {
     f"{method}-{kind}-lr{lr:g}":
