@@ -332,7 +332,8 @@ def main():
         for seed, teachers in TEACHERS.items():
             for name, flags in teachers.items():
                 if any(taught_by(name) in others for others in rows.values()):
-                    make(pool, f"results/teachers/{name}", flags, seed)()
+                    if status := make(pool, f"results/teachers/{name}", flags, seed)():
+                        sys.exit(status)
         teacher = next(filter(None, map(teacher_in, GROUPS[args.group][0].values())), None)
         runs = [make(pool, f"results/{args.group}/{row}", flags, seed, teacher) for seed in seeds
                 for row, flags in rows.items()]
