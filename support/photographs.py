@@ -324,7 +324,7 @@ def decoded(folder, paths, side):
     """The image files `paths` of `folder`: ((N, 3, side, side) uint8, read-only and mapped from a
     file in CACHE, digest of their names and pixels). Decodes them into that file if it is missing.
 
-    Raises UserError for an image that cannot be read, and for a full disk.
+    Raises UserError for images that cannot be read, and for a full disk.
     """
     key = _key(folder, paths, side)
     path = CACHE / f"{folder.resolve().parent.name}-{folder.name}-{side}px-{key}.npy"
@@ -397,10 +397,26 @@ def _decode(folder, paths, shape, path):
         np.lib.format.write_array_header_1_0(file, header)
         hashed = hashlib.sha256()
         images = (image for at in range(0, len(paths), 512)
-                  for image in pool.map(lambda path: read_image(path, shape[-1]),
+                  for image in pool.map(lambda path: _image_or_error(path, shape[-1]),
                                         paths[at:at + 512]))
+        unread = {}
         for image, name in zip(progress(images, len(paths), "image"), paths):
+            if isinstance(image, UserError):
+                unread[name] = image
+                continue
             file.write(image)
             hashed.update(_name(folder, name) + b"\0")
             hashed.update(image)
+        if unread:
+            # All at once, so that nobody has to start again for each of them.
+            (_, first), *others = unread.items()
+            more = ", ".join(name for name, _ in others[:10]) + ", …" * (len(others) > 10)
+            raise UserError(str(first) + (f"; likewise {len(others)} more: {more}" if more else ""))
         file.write(hashed.digest())
+
+
+def _image_or_error(path, side):
+    try:
+        return read_image(path, side)
+    except UserError as error:
+        return error

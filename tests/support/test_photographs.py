@@ -119,9 +119,23 @@ def test_a_full_disk_is_one_line_with_the_bytes(colors, monkeypatch, when):
 def test_a_damaged_image_leaves_no_array(colors, tmp_path):
     root = shutil.copytree(colors, tmp_path / "copy")
     (root / "val/red/3.png").write_bytes(b"no image")
-    with pytest.raises(UserError, match="3.png: not a readable image"):
+    with pytest.raises(UserError, match="3.png: not a readable image.*; mend or remove it$"):
         data.load("folder", root, 14)
     assert len(list(Path("data").glob("*.npy*"))) == 1
+
+
+@pytest.mark.parametrize("n", [3, 12])
+def test_all_damaged_images_are_named_at_once(colors, tmp_path, n):
+    root = shutil.copytree(colors, tmp_path / "copy")
+    damaged = sorted((root / "val").rglob("*.png"))[1:n + 1]
+    for path in damaged:
+        path.write_bytes(b"no image")
+    with pytest.raises(UserError) as error:
+        data.load("folder", root, 14)
+    first, others = str(error.value).split("; mend or remove it; likewise ")
+    assert first.startswith(f"{damaged[0]}: not a readable image")
+    assert others == (f"{n - 1} more: {', '.join(map(str, damaged[1:11]))}"
+                      + (", …" if n > 11 else ""))
 
 
 def test_two_starts_at_once_decode_once(colors, capsys):
