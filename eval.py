@@ -103,7 +103,7 @@ def inheritance(student_logits, teacher_logits, labels):
 
 def evaluate(args):
     """`measure` and `mistakes` of the checkpoint on its test part; where a teacher is given,
-    `inheritance` too, and what `comparison` takes of both."""
+    `inheritance` too, and what `comparison` takes of both, else `cost`."""
     device = pick_device(args.device or "auto")
     # Loaded a first time to learn the data set, and again below to be checked against it.
     _, checkpoint = load_model(args.checkpoint, args.model)
@@ -127,6 +127,8 @@ def evaluate(args):
         theirs, teacher = look_at(args.teacher_checkpoint, args.teacher)
         report |= inheritance(logits, theirs, labels) | dict(comparison=dict(
             teacher=teacher, student=student, C=len(data.classes), part="test", device=device.type))
+    else:
+        report |= {k: v for k, v in student.items() if k != "name"}
     return report | mistakes(logits, labels, names_of(dataset, data.classes))
 
 

@@ -20,7 +20,7 @@ from support.errors import UserError, as_user_error
 from support.networks import TORCHVISION, as_published
 
 # Where trainers keep the weights in a file; "ema" is their running mean.
-PLACES = "model", "state_dict", "net", "state_dict_ema", "model_ema"
+PLACES = "model", "state_dict", "model_state_dict", "net", "state_dict_ema", "model_ema", "ema"
 # What torch.compile, DataParallel and DistributedDataParallel add to the names.
 WRAPPERS = re.compile(r"\b(_orig_mod|module)\.")
 
@@ -80,7 +80,10 @@ def read_checkpoint(path):
     if not path.is_file():
         if str(path) in TORCHVISION:
             return published_checkpoint(str(path))
-        raise UserError(f"{path}: no such checkpoint, nor a network of torchvision.models")
+        # The folder above the seeds of a row.
+        runs = sorted(path.parent.glob("seed*/last.pt"))
+        near = f"; nearest: {runs[0]}" if runs else ""
+        raise UserError(f"{path}: no such checkpoint, nor a network of torchvision.models{near}")
     try:
         # torch warns of an unusual pickle protocol. Such a file loads, or is refused below.
         with (warnings.catch_warnings(action="ignore"),

@@ -59,7 +59,7 @@ def comparison(teacher, student, C, part, device):
     if student["top1"] <= near_chance(C):
         lines.append(f"warning   the student is no better than {near_chance(C):.2f} %, near "
                      "chance: it has learnt nothing; try a tenth of the learning rate")
-    elif lead < 1:
+    elif lead < 1 and teacher["top1"] < 99:
         lines.append("warning   the teacher is hardly better than the student, which has little "
                      "to learn from it; try a better one")
     return "\n".join(lines)

@@ -64,6 +64,8 @@ class Parser(argparse.ArgumentParser):
             word = rest[0].split("=")[0]
             if word.lower() in self.flag_of:
                 self.error(f"{word}: say {self.flag_of[word.lower()]} {word.lower()}")
+            if Path(word).is_dir():
+                self.error(f"{word}: say --run-dir {word}")
             near = nearest(word, map(flag, vars(args)) if word.startswith("-") else self.flag_of)
             self.error(f"{word}: unknown{near and '; '}{near}")
         return args

@@ -201,6 +201,7 @@ def test_what_the_text_says_of_the_gpu():
     text = " ".join(README.split())
     device = report["env"]["device_name"]
     assert f"{len(checks)} checks on one {device} ran once, none failed" in text
+    assert "Not run: several GPUs, float16, MPS, `--compile` on a GPU." in text
     faster = [row["plain_ms"] / row["graph_ms"] for row in report["cuda_graph"]]
     assert min(faster) > 4.5 and max(faster) < 6 and "a step about five times as fast" in text
 

@@ -3,6 +3,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image, ImageDraw, ImageEnhance, ImageOps
+from torch.utils._python_dispatch import TorchDispatchMode
 from torchvision import transforms
 
 from support import augment
@@ -74,6 +75,22 @@ def test_cutout_is_pillows_rectangle(images):
         x, y = int(max(0, x - v / 2)), int(max(0, y - v / 2))
         ImageDraw.Draw(image).rectangle((x, y, min(32, x + v), min(32, y + v)), (125, 123, 114))
     assert torch.equal(augment.cutout(images, side, centre), from_pil(expected))
+
+
+def test_the_mask_of_a_cutout_is_made_where_the_images_are():
+    """Only numbers of the squares go there, not a mask of every pixel."""
+    moved = []
+
+    class Copies(TorchDispatchMode):
+        def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+            out = function(*args, **kwargs or {})
+            if "copy" in str(function) and out.is_meta and not args[0].is_meta:
+                moved.append(out.numel())
+            return out
+    images = torch.zeros(8, 3, 64, 64, dtype=torch.uint8, device="meta")
+    with Copies():
+        augment.cutout(images, torch.rand(8), torch.rand(8, 2))
+    assert moved and max(moved) <= 16
 
 
 def test_the_weak_view_is_a_padded_crop_and_a_mirror(images):

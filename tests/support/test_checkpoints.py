@@ -26,6 +26,8 @@ class Tuple(tuple):
 @pytest.mark.parametrize("wrap", {
     "bare": lambda s: s, "model": lambda s: {"model": s},
     "state_dict with module.": lambda s: {"state_dict": prefixed("module.", s)},
+    "model_state_dict": lambda s: {"epoch": 3, "model_state_dict": s, "loss": 0.5},
+    "ema": lambda s: {"ema": s, "step": 7},
     "net, compiled": lambda s: {"net": prefixed("_orig_mod.", s), "epoch": 3},
     "compiled before DDP": lambda s: {"state_dict": prefixed("module._orig_mod.", s)},
     "DDP before compiled": lambda s: prefixed("_orig_mod.module._orig_mod.module.", s),

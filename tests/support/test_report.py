@@ -1,6 +1,7 @@
 """What is said of teacher and student, and of the images that are misread."""
 import json
 import time
+from pathlib import Path
 
 import pytest
 import torch
@@ -77,6 +78,10 @@ def test_a_run_without_a_teacher_compares_nothing(base, command):
     flags = base[:base.index("--teacher")] + base[base.index("--device"):]
     status, out, err = command(train, *flags, "--method", "ce")
     assert status == 0 and "ratio" not in out, err
+    # eval.py says what the network alone costs.
+    status, out, err = command(evaluation, *Path().rglob("last.pt"), "--json")
+    assert status == 0, err
+    assert {"parameters", "megabytes", "milliseconds"} <= json.loads(out).keys()
 
 
 def test_mistakes_against_plain_python():

@@ -1,6 +1,7 @@
 """A slip of the hand is answered with the word that was meant."""
 import dataclasses
 import re
+import shutil
 
 import pytest
 from test_bad_input import refused
@@ -70,7 +71,10 @@ def test_the_folder_of_a_run_stands_for_its_last_checkpoint(color_teacher, short
     history = train.run(short(teacher_checkpoint=str(folder), epochs=1), "run")
     same = train.run(short(epochs=1), "same")
     assert history[0]["loss"] == same[0]["loss"]
-    refused(command(evaluation, folder.parent), "last.pt: no such checkpoint")
+    # Above the seeds of a row: the nearest run is named.
+    shutil.copytree("run", "row/seed0")
+    refused(command(evaluation, "row"), "models; nearest: row/seed0/last.pt")
+    refused(command(train, "--resume", "row/seed0"), "row/seed0: say --run-dir row/seed0")
 
 
 @pytest.fixture
