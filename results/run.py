@@ -131,11 +131,11 @@ PUBLISHED = {"ce": "--method ce", "kd": "--method kd", "sld": "--method sld",
 
 # For a ladder of 18 epochs: rates of each family, with both views where it is made for them.
 # sld-without-swaps is KD on SLD's views and temperatures.
-GRID_18 = {"sld": ("--method sld", (0.025, 0.05, 0.1, 0.2)),
-           "sld-without-swaps": (SIX, (0.025, 0.05, 0.1, 0.2)),
+GRID_18 = {"sld": ("--method sld", (0.05, 0.1, 0.2, 0.4)),
+           "sld-without-swaps": (SIX, (0.05, 0.1, 0.2, 0.4)),
            "kd-both": (LADDER["04-kd-both"], (0.1, 0.2, 0.4, 0.8)),
            "ce": ("--method ce", (0.1, 0.2, 0.4, 0.8)), "kd": ("--method kd", (0.1, 0.2, 0.4, 0.8)),
-           "mlkd": ("--method mlkd", (0.025, 0.05, 0.1, 0.2)),
+           "mlkd": ("--method mlkd", (0.05, 0.1, 0.2, 0.4)),
            "dkd-both": (LADDER["16-dkd-both"], (0.025, 0.05, 0.1, 0.2)),
            "rld-both": (LADDER["17-rld-both"], (0.025, 0.05, 0.1, 0.2))}
 TUNING_18 = {f"{name}-lr{lr:g}": f"{flags} --lr {lr:g} --epochs 18 --evaluate val "
@@ -331,9 +331,9 @@ def main():
     with ProcessPoolExecutor(args.jobs, get_context("spawn"), max_tasks_per_child=1) as pool:
         for seed, teachers in TEACHERS.items():
             for name, flags in teachers.items():
-                if any(taught_by(name) in others for others in rows.values()):
-                    if status := make(pool, f"results/teachers/{name}", flags, seed)():
-                        sys.exit(status)
+                needed = any(taught_by(name) in others for others in rows.values())
+                if needed and (status := make(pool, f"results/teachers/{name}", flags, seed)()):
+                    sys.exit(status)
         teacher = next(filter(None, map(teacher_in, GROUPS[args.group][0].values())), None)
         runs = [make(pool, f"results/{args.group}/{row}", flags, seed, teacher) for seed in seeds
                 for row, flags in rows.items()]
