@@ -13,8 +13,11 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
 import numpy as np  # noqa: E402
+import torch  # noqa: E402
 from matplotlib.figure import Figure  # noqa: E402
+from torch.utils.flop_counter import FlopCounterMode  # noqa: E402
 
+from models import create_model  # noqa: E402
 from support.errors import UserError  # noqa: E402
 from support.plots import BLUE  # noqa: E402
 from support.tables import (  # noqa: E402
@@ -23,6 +26,7 @@ from support.tables import (  # noqa: E402
     difference,
     holm,
     interval_cell,
+    last_top1,
     markdown,
     mean_and_sd,
     read_rows,
@@ -43,6 +47,10 @@ ROWS = {
     "sld-standardized": "SLD, --standardize", "dkd": "DKD, both views",
     "rld": "RLD, both views", "mlkd": "MLKD",
 }
+# Those of them that the README shows, and the rows of the older ladder on CIFAR-100.
+SUMMARY = {"student-alone": "01-ce-weak", "kd": "03-kd-weak", "kd-both": None,
+           "sld-without-swaps": "05-kd-both-T1to6", "more-ce": "14-kd-both-T1to6-more-ce",
+           "teacher-swap": "06-teacher-swap", "sld": "09-sld"}
 # The questions that the ladder was made to answer, declared before it was run: (row, other row).
 # kd-both and sld-without-swaps: the better of them on validation images is the KD of the second.
 CONTRASTS = {
@@ -51,8 +59,9 @@ CONTRASTS = {
     "Does the swap beat a larger weight of CE?": ("teacher-swap", "more-ce"),
 }
 # Teachers of different quality: what they are, and the folder of the students that they taught.
+OTHER_EPOCHS = 2, 3, 36
 TEACHERS = {"12 epochs": "results/glyphs/ladder"} | {
-    f"{n} epochs": f"results/glyphs/teachers-by-error/{n}-epochs" for n in (2, 3, 36)}
+    f"{n} epochs": f"results/glyphs/teachers-by-error/{n}-epochs" for n in OTHER_EPOCHS}
 # What is compared with no correction, for each of them, and its colour in the figure.
 GAINS = {"teacher-swap": BLUE, "sld": "tab:orange", "mask": "tab:green", "more-ce": "tab:red",
          "student-alone": "grey"}
@@ -141,6 +150,33 @@ def ladder_table(folder, against):
           *(f"{np.mean([*share[row].values()]):.1f}" for share in shares)] for row in order])
 
 
+def cost_of_step(config):
+    """Multiply-adds of a training step, as a multiple of those of the student alone on one view,
+    where the backward pass counts as two forward ones."""
+    adds = {}
+    for role in ("student", "teacher"):
+        with FlopCounterMode(display=False) as counter:
+            if config[role]:
+                create_model(config[role], 47)(torch.zeros(2, 3, 32, 32))
+        adds[role] = counter.get_total_flops()
+    views = 2 if config["views"] == "both" else 1
+    return views * (1 + adds["teacher"] / (3 * adds["student"]))
+
+
+def summary_table(folder):
+    """Markdown: the rows of SUMMARY in words, of the ladder below `folder` and of CIFAR-100."""
+    top1, cifar = top1_of(folder), read_rows(ROOT / "results/cifar100/resnet8")
+    configs = {row: next(iter(by_seed.values()))[0] for row, by_seed in read_rows(folder).items()}
+    shares = [mistakes_of(folder, key) for key in ("made", "avoided")]
+    return markdown(
+        ["training", "cost of a step", "glyphs, %", "CIFAR-100, %",
+         "of the teacher's errors repeated / right, %"],
+        [[ROWS[row], f"{cost_of_step(configs[row]):.1f}", mean_and_sd(top1[row]),
+          mean_and_sd(last_top1(cifar[other])) if other else "",
+          " / ".join(f"{np.mean([*share[row].values()]):.0f}" for share in shares)]
+         for row, other in SUMMARY.items()])
+
+
 def contrasts_table(folder):
     """Markdown: the CONTRASTS by final.json, with the smallest difference that their noise lets one
     see: half the width of the interval."""
@@ -184,7 +220,7 @@ def gains_table():
          for teacher, top1, wrong, gains in gains_by_teacher()])
 
 
-TABLES = {"ladder": ladder_table, "contrasts": contrasts_table,
+TABLES = {"summary": summary_table, "ladder": ladder_table, "contrasts": contrasts_table,
           "gains": lambda folder: gains_table(),
           "table": lambda folder, *against: table(read_rows(folder), *against),
           "mistakes": mistakes_table, "claims": claims_table}

@@ -47,6 +47,10 @@ TEACHERS = {
     0: {"glyphs": ALONE, "glyphs-val": f"{ALONE} --evaluate val",
         "glyphs-vit": "--method ce --student vit_nano --views both --epochs 64 --lr 0.001"},
     1000: {"resnet14": ALONE, "resnet14-val": f"{ALONE} --evaluate val",
+           # Nearly always right, and wrong on a third and on more than half of what it teaches.
+           **{f"resnet14-{n}-epochs": f"--method ce --student resnet14 --epochs {n} --lr 0.2"
+              for n in pages.OTHER_EPOCHS},
+           "resnet14-noisy": f"{ALONE} --dataset glyphs-noisy",
            "trashnet": f"{MOBILENET} --optimizer adamw --lr 0.0003",
            "trashnet-val": f"{MOBILENET} --optimizer adamw --lr 0.0003 --evaluate val"},
 }
@@ -133,14 +137,58 @@ PUBLISHED = {"ce": "--method ce", "kd": "--method kd", "sld": "--method sld",
 # sld-without-swaps is KD on SLD's views and temperatures.
 GRID_18 = {"sld": ("--method sld", (0.05, 0.1, 0.2, 0.4)),
            "sld-without-swaps": (SIX, (0.05, 0.1, 0.2, 0.4)),
-           "kd-both": (LADDER["04-kd-both"], (0.1, 0.2, 0.4, 0.8)),
-           "ce": ("--method ce", (0.1, 0.2, 0.4, 0.8)), "kd": ("--method kd", (0.1, 0.2, 0.4, 0.8)),
+           "kd-both": (LADDER["04-kd-both"], (0.2, 0.4, 0.8, 1.6)),
+           "ce": ("--method ce", (0.2, 0.4, 0.8, 1.6)), "kd": ("--method kd", (0.2, 0.4, 0.8, 1.6)),
            "mlkd": ("--method mlkd", (0.05, 0.1, 0.2, 0.4)),
            "dkd-both": (LADDER["16-dkd-both"], (0.025, 0.05, 0.1, 0.2)),
            "rld-both": (LADDER["17-rld-both"], (0.025, 0.05, 0.1, 0.2))}
 TUNING_18 = {f"{name}-lr{lr:g}": f"{flags} --lr {lr:g} --epochs 18 --evaluate val "
              + taught_by("resnet14-val") * (name != "ce")
              for name, (flags, rates) in GRID_18.items() for lr in rates}
+
+# The ladder of 18 epochs. {family: its rate, the best of its grid}; a family whose grid has not
+# been run has no rows yet.
+RATES_18 = {"sld": 0.2, "sld-without-swaps": 0.2}
+# {row: the flag of its weight, the values tried, the best of them}.
+WEIGHTS_18 = {"more-ce": ("--ce-weight", (0.3, 1, 3), 1), "add-wrong": ("--omega", (0.5, 1, 2), 1),
+              "dkd": ("--beta", (2, 4, 8), 8), "rld": ("--beta", (2, 4, 8), 8)}
+TEACHER_SWAP = "--method sld --no-student-swap"
+ROWS = {  # row: (family, flags)
+    "student-alone": ("ce", "--method ce"),
+    "student-alone-both": ("ce", "--method ce --views both"),
+    "kd": ("kd", "--method kd"), "kd-both": ("kd-both", "--method kd --views both"),
+    "sld-without-swaps": ("sld-without-swaps", SIX),
+    "more-ce": ("sld-without-swaps", SIX),
+    "teacher-swap": ("sld", TEACHER_SWAP),
+    "mask": ("sld", f"{TEACHER_SWAP} --teacher-fix mask"),
+    "add-wrong": ("sld", f"{TEACHER_SWAP} --teacher-fix add-wrong"),
+    "sort": ("sld", f"{TEACHER_SWAP} --teacher-fix sort"),
+    "student-swap": ("sld", "--method sld --teacher-fix none"), "sld": ("sld", "--method sld"),
+    "sld-from-epoch-1": ("sld", "--method sld --gamma 0"),
+    "sld-detached": ("sld", "--method sld --detach"),
+    "sld-standardized": ("sld", "--method sld --standardize"),
+    "dkd": ("dkd-both", "--method dkd --views both"),
+    "rld": ("rld-both", "--method rld --views both"), "mlkd": ("mlkd", "--method mlkd")}
+# Those that are run with other teachers.
+BY_ERROR = ("sld-without-swaps", "more-ce", "mask", "teacher-swap", "sld")
+
+
+def eighteen(teacher, rows, more="", weights=None):
+    """{row: flags of train.py} of these ROWS, taught by one of the TEACHERS. weights: {row: flag
+    and number}; default the best of WEIGHTS_18."""
+    weights = weights or {row: f"{name} {best:g}" for row, (name, _, best) in WEIGHTS_18.items()}
+    return {row: f"{flags} {weights.get(row, '')} --lr {RATES_18[family]:g} --epochs 18 {more} "
+            + taught_by(teacher) * (family != "ce")
+            for row, (family, flags) in ROWS.items() if row in rows and family in RATES_18}
+
+
+# Each of the weights, on validation images.
+TUNING_WEIGHTS = {
+    f"{row}{name[1:]}{value:g}": flags
+    for row, (name, values, _) in WEIGHTS_18.items() for value in values
+    for flags in eighteen("resnet14-val", [row], "--evaluate val",
+                          {row: f"{name} {value:g}"}).values()}
+
 
 # Pretrained networks: rates of a teacher alone, and of a smaller student with each method.
 PHOTO_TEACHERS = {
@@ -182,8 +230,13 @@ GROUPS = {
     # The row of 0.2 is teachers/glyphs-val.
     "tuning/teacher": ({f"resnet14-lr{lr:g}": f"{ALONE} --evaluate val --lr {lr:g}"
                         for lr in (0.1, 0.4)}, range(1)),
-    "tuning/ladder": (TUNING_18, range(1)),
+    "tuning/ladder": (TUNING_18, range(1)), "tuning/ladder-weights": (TUNING_WEIGHTS, range(1)),
     "tuning/vit": (grid(VIT_GRID, "--student vit_nano"), range(2)),
+    "glyphs/ladder": (eighteen("resnet14", ROWS), range(5)),
+    **{f"glyphs/teachers-by-error/{n}-epochs":
+       (eighteen(f"resnet14-{n}-epochs", BY_ERROR), range(5)) for n in pages.OTHER_EPOCHS},
+    "glyphs/noisy-labels": (eighteen("resnet14-noisy", ("student-alone", *BY_ERROR),
+                                     "--dataset glyphs-noisy"), range(5)),
     "glyphs/18-epochs": (ladder(taught_by("glyphs"), DEFAULTS, "--epochs 18"), range(5)),
     # The published recipe as it stands, 240 epochs, in bfloat16.
     "cifar100/published": (

@@ -74,6 +74,17 @@ def test_what_the_ladder_takes_is_the_best_of_its_grid_and_inside_it(group, chos
     assert chosen == max(means, key=means.get) and min(means) < chosen < max(means)
 
 
+def test_the_ladders_rates_and_weights_are_the_best_of_their_grids_and_inside_them():
+    """On validation images, at 18 epochs."""
+    def top1_by(name, group, family):
+        rows = read_rows(ROOT / "results/tuning" / group)
+        return {config[name]: epochs[-1]["val_top1"] for row in rows if row.startswith(family)
+                for config, epochs in [rows[row][0]]}
+    for family, rate in runner.RATES_18.items():
+        top1 = top1_by("lr", "ladder", f"{family}-lr")
+        assert rate == max(top1, key=top1.get) and min(top1) < rate < max(top1), (family, top1)
+
+
 def test_remembered_logits_change_no_digit(short):
     def numbers(history):
         return [{k: v for k, v in row.items() if k not in ("seconds", "images_per_second")}
