@@ -291,9 +291,9 @@ def test_the_rates_are_the_best_of_their_grids_and_inside_them(student, groups, 
 
 @pytest.mark.parametrize("group, methods", [
     ("tuning/photographs-teacher", {"ce"}),
-    ("tuning/photographs", {"ce", "kd"})])
-def test_the_rates_for_photographs_are_as_good_as_the_best_of_their_grids(group, methods):
-    """Within one standard error of the best, on the 202 validation images of TrashNet."""
+    ("tuning/photographs", {"ce", "kd", "sld", "dkd", "rld", "mlkd"})])
+def test_the_rates_for_photographs_are_the_best_of_their_grids(group, methods):
+    """And inside them, on the 202 validation images of TrashNet."""
     grids = {}
     for row in read_rows(ROOT / "results" / group).values():
         config = row[0][0]
@@ -303,9 +303,12 @@ def test_the_rates_for_photographs_are_as_good_as_the_best_of_their_grids(group,
     for method in methods:
         by_rate = grids[method]
         s = train.resolve(train.Settings(method=method, dataset="folder", student="mobilenet_v2"))
-        best = max(by_rate.values())
-        error = 100 * (best / 100 * (1 - best / 100) / 202) ** 0.5
-        assert s.optimizer == "adamw" and by_rate[s.lr] >= best - error, (method, by_rate)
+        assert s.optimizer == "adamw" and by_rate[s.lr] == max(by_rate.values()), (method, by_rate)
+        # Of the teacher's, which is as good at the upper one, there are two.
+        assert len(by_rate) == 2 or min(by_rate) < s.lr < max(by_rate)
+    if "dkd" in methods:
+        far = [grids["ce"][s.lr] - max(grids[method].values()) for method in ("dkd", "rld", "mlkd")]
+        assert f"lie {min(far):.0f} to {max(far):.0f} points below the student alone" in TEXT
 
 
 def photographs_table():
