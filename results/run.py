@@ -149,9 +149,10 @@ TUNING_18 = {f"{name}-lr{lr:g}": f"{flags} --lr {lr:g} --epochs 18 --evaluate va
 # The ladder of 18 epochs. {family: its rate, the best of its grid}; a family whose grid has not
 # been run has no rows yet.
 RATES_18 = {"sld": 0.2, "sld-without-swaps": 0.2, "kd-both": 0.8, "ce": 0.8}
-# {row: the flag of its weight, the values tried, the best of them}. CE's default weight, 0.1, is in
-# sld-without-swaps.
-WEIGHTS_18 = {"more-ce": ("--ce-weight", (0.3, 1, 3), 0.3), "add-wrong": ("--omega", (0.5, 1, 2), 1),
+# {row: the flag of its weight, the values tried, the best of them}. CE's default weight, 0.1, is
+# that of sld-without-swaps.
+WEIGHTS_18 = {"more-ce": ("--ce-weight", (0.3, 1, 3), 0.3),
+              "add-wrong": ("--omega", (0.5, 1, 2), 1),
               "dkd": ("--beta", (2, 4, 8), 8), "rld": ("--beta", (2, 4, 8), 8)}
 TEACHER_SWAP = "--method sld --no-student-swap"
 ROWS = {  # row: (family, flags)
