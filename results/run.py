@@ -142,9 +142,19 @@ GRID_18 = {"sld": ("--method sld", (0.05, 0.1, 0.2, 0.4)),
            "mlkd": ("--method mlkd", (0.05, 0.1, 0.2, 0.4)),
            "dkd-both": (LADDER["16-dkd-both"], (0.025, 0.05, 0.1, 0.2)),
            "rld-both": (LADDER["17-rld-both"], (0.025, 0.05, 0.1, 0.2))}
-TUNING_18 = {f"{name}-lr{lr:g}": f"{flags} --lr {lr:g} --epochs 18 --evaluate val "
-             + taught_by("resnet14-val") * (name != "ce")
-             for name, (flags, rates) in GRID_18.items() for lr in rates}
+# The same on CIFAR-100, of those that are run there.
+GRID_CIFAR = {"ce": (0.05, 0.1, 0.2, 0.4, 0.8), "kd": (0.05, 0.1, 0.2, 0.4),
+              "kd-both": (0.05, 0.1, 0.2, 0.4), "sld": (0.0125, 0.025, 0.05, 0.1, 0.2),
+              "sld-without-swaps": (0.0125, 0.025, 0.05, 0.1, 0.2)}
+CIFAR_20 = ("--amp --dataset cifar100 --data-dir data/cifar100 --student resnet8 --epochs 20 "
+            "--schedule cosine --warmup 2")
+
+
+def rates_of(grid, teacher, more):
+    """{row: flags} of the families of GRID_18 at these rates {family: rates}."""
+    return {f"{name}-lr{lr:g}": f"{GRID_18[name][0]} --lr {lr:g} {more} --evaluate val "
+            + teacher * (name != "ce") for name, rates in grid.items() for lr in rates}
+
 
 # The ladder of 18 epochs. {family: its rate, the best of its grid}; a family whose grid has not
 # been run has no rows yet.
@@ -232,7 +242,10 @@ GROUPS = {
     # The row of 0.2 is teachers/glyphs-val.
     "tuning/teacher": ({f"resnet14-lr{lr:g}": f"{ALONE} --evaluate val --lr {lr:g}"
                         for lr in (0.1, 0.4)}, range(1)),
-    "tuning/ladder": (TUNING_18, range(1)), "tuning/ladder-weights": (TUNING_WEIGHTS, range(1)),
+    "tuning/ladder": (rates_of({name: rates for name, (_, rates) in GRID_18.items()},
+                               taught_by("resnet14-val"), "--epochs 18"), range(1)),
+    "tuning/ladder-weights": (TUNING_WEIGHTS, range(1)),
+    "tuning/cifar100": (rates_of(GRID_CIFAR, CIFAR_TEACHER, CIFAR_20), range(1)),
     "tuning/vit": (grid(VIT_GRID, "--student vit_nano"), range(2)),
     "glyphs/ladder": (eighteen("resnet14", ROWS), range(5)),
     **{f"glyphs/teachers-by-error/{n}-epochs":
