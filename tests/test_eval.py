@@ -45,7 +45,8 @@ def test_a_foreign_checkpoint_is_measured_like_our_own(colors, color_teacher, tm
     assert status == 0
     assert json.loads(out)["agreement"] == 100
     assert json.loads(out)["teacher_errors_avoided"] == 0
-    assert set(own) == {"top1", "top5", "nll", "ece", "n", "classes", "confusions"}
+    assert set(own) == {"top1", "top5", "nll", "ece", "n", "classes", "confusions",
+                        "parameters", "megabytes", "milliseconds"}
     assert own["n"] == 60
     status, out, err = command(evaluation, color_teacher)
     assert status == 0 and f"{own['top1']:.4f}" in out
