@@ -95,6 +95,13 @@ def test_the_ladders_rates_and_weights_are_the_best_of_their_grids_and_inside_th
                             and min(top1) < weight < max(top1)), (row, top1)
     page = " ".join((ROOT / "results/tuning/README.md").read_text("utf-8").split())
     assert "From 0.1 to 3 all lie within half a point" in page
+    both, six = (max(top1_by("lr", "ladder", f"{name}-lr").values())
+                 for name in ("kd-both", "sld-without-swaps"))
+    text = " ".join((ROOT / "results/README.md").read_text("utf-8").split())
+    assert both > six and f"than SLD without swaps ({both:.2f} and {six:.2f} %)." in text
+    assert pages.CONTRASTS["Does SLD beat KD on both views?"] == ("sld", "kd-both")
+    weight = runner.WEIGHTS_18["more-ce"][-1]
+    assert f"best on validation images, {weight:g}." in text
     _, epochs = read_run(ROOT / "results/teachers/resnet14-val/seed1000")
     assert f"(`results/teachers/resnet14-val`, {epochs[-1]['val_top1']:.2f} %)" in page
 
