@@ -442,7 +442,8 @@ def test_the_teacher_in_the_repository_is_the_one_of_its_log():
     digests = {json.loads(path.read_text("utf-8"))["teacher_digest"]
                for name in ("glyphs/ladder", "glyphs/default-run")
                for path in (ROOT / "results" / name).rglob("env.json")}
-    assert digests == {weights_digest(teacher)}
+    # The student alone has none.
+    assert digests - {None} == {weights_digest(teacher)}
     images, labels = glyphs.render(glyphs.N_TEST, seed=2)
     top1 = measure(predict(teacher, images, checkpoint["mean"], checkpoint["std"]), labels)["top1"]
     # One image in a thousand may fall differently on another processor.
