@@ -261,8 +261,8 @@ GROUPS = {
     "tuning/photographs-teacher": (PHOTO_TEACHERS, range(1)),
     "tuning/photographs": (PHOTO_TUNING, range(1)),
     # At the rates of train.py: what the student is compared with, and the student.
-    "photographs/mobilenet_v2": (
-        {"ce": MOBILENET, "ce-224px": f"{MOBILENET} --image-size 224"}, range(3)),
+    "photographs/mobilenet_v2": ({"ce": MOBILENET}, range(3)),
+    "photographs/mobilenet_v2-224px": ({"ce": f"{MOBILENET} --image-size 224"}, range(3)),
     "photographs/squeezenet1_0": (
         {method: f"--method {method} {PHOTO_STUDENT}"
          + (method != "ce") * f" --teacher mobilenet_v2 {taught_by('trashnet')}"
