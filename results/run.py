@@ -171,7 +171,7 @@ ROWS = {  # row: (family, flags)
     "kd": ("kd", "--method kd"), "kd-both": ("kd-both", "--method kd --views both"),
     "sld-without-swaps": ("sld-without-swaps", SIX),
     "more-ce": ("sld-without-swaps", SIX),
-    "teacher-swap": ("sld", TEACHER_SWAP),
+    "only-teacher-swap": ("sld", TEACHER_SWAP),
     "mask": ("sld", f"{TEACHER_SWAP} --teacher-fix mask"),
     "add-wrong": ("sld", f"{TEACHER_SWAP} --teacher-fix add-wrong"),
     "sort": ("sld", f"{TEACHER_SWAP} --teacher-fix sort"),
@@ -182,7 +182,7 @@ ROWS = {  # row: (family, flags)
     "dkd": ("dkd-both", "--method dkd --views both"),
     "rld": ("rld-both", "--method rld --views both"), "mlkd": ("mlkd", "--method mlkd")}
 # Those that are run with other teachers.
-BY_ERROR = ("sld-without-swaps", "more-ce", "mask", "teacher-swap", "sld")
+BY_ERROR = ("sld-without-swaps", "more-ce", "mask", "only-teacher-swap", "sld")
 
 
 def eighteen(teacher, rows, more="", weights=None):

@@ -239,11 +239,11 @@ def write_final(folder, top1, wrong, write_run):
 def test_the_tables_of_the_ladder_are_made_of_the_fresh_images(tmp_path, write_run, monkeypatch):
     monkeypatch.setattr(pages, "ROOT", tmp_path)
     ladder = tmp_path / "results/glyphs/ladder"
-    for row, top1 in {"sld-without-swaps": 80, "teacher-swap": 81, "kd-both": 82, "more-ce": 79.5,
-                      "sld": 81, "student-alone": 78, "mask": 80.5}.items():
+    for row, top1 in {"sld-without-swaps": 80, "only-teacher-swap": 81, "kd-both": 82,
+                      "more-ce": 79.5, "sld": 81, "student-alone": 78, "mask": 80.5}.items():
         for seed in range(3):
             write_final(ladder / f"{row}/seed{seed}", top1 + seed, 9, write_run)
-    for row, top1 in {"sld-without-swaps": 60, "teacher-swap": 66, "more-ce": 64, "sld": 67,
+    for row, top1 in {"sld-without-swaps": 60, "only-teacher-swap": 66, "more-ce": 64, "sld": 67,
                       "mask": 63}.items():
         for seed in range(2):
             write_final(tmp_path / f"results/glyphs/teachers-by-error/3-epochs/{row}/seed{seed}",
@@ -253,7 +253,7 @@ def test_the_tables_of_the_ladder_are_made_of_the_fresh_images(tmp_path, write_r
     # In the order of pages.ROWS.
     assert [line.split(" | ")[0] for line in lines[2:]] == [
         "| student-alone", "| kd-both", "| sld-without-swaps", "| more-ce", "| mask",
-        "| teacher-swap", "| sld"]
+        "| only-teacher-swap", "| sld"]
     assert lines[4] == "| sld-without-swaps | 3 | 81.00 ± 1.00 | - | 0.500 | 40.0 | 30.0 |"
     assert "| +1.00 (+1.00 to +1.00) |" in lines[7]
 
@@ -265,7 +265,7 @@ def test_the_tables_of_the_ladder_are_made_of_the_fresh_images(tmp_path, write_r
     assert [(name, top1, wrong) for name, top1, wrong, _ in found] == [
         ("12 epochs", 80, 9), ("3 epochs", 80, 35)]
     gains = [{row: gain.mean for row, gain in gains.items()} for *_, gains in found]
-    assert gains[0]["teacher-swap"] == 1 and gains[0]["student-alone"] == -2
+    assert gains[0]["only-teacher-swap"] == 1 and gains[0]["student-alone"] == -2
     # The ladder's student alone, with the seeds that both have.
     assert gains[1]["student-alone"] == pytest.approx((78 - 60 + 79 - 60.1) / 2)
     assert gains[1]["sld"] == pytest.approx(7) and gains[1]["mask"] == pytest.approx(3)
@@ -280,6 +280,24 @@ def test_the_tables_of_the_ladder_are_made_of_the_fresh_images(tmp_path, write_r
     (ax,) = pages.draw_gains(found).axes
     drawn = {line.get_label(): line.get_ydata() for line in ax.lines if line.get_marker() == "o"}
     assert drawn["SLD"] == pytest.approx([1, 7])
+
+
+def test_the_summary(tmp_path, write_run, monkeypatch):
+    """Two views, or a teacher, make a step dearer; a row that CIFAR-100 lacks has an empty cell."""
+    monkeypatch.setattr(pages, "ROOT", tmp_path)
+    for k, (row, other) in enumerate(pages.SUMMARY.items()):
+        for seed in range(2):
+            run = write_run(tmp_path / f"ladder/{row}/seed{seed}", [50], seed=seed,
+                            teacher="resnet14" if k else None, views="both" if k > 1 else "weak")
+            write_json(run / "final.json", dict(top1=80 + k + seed, teacher_errors=10,
+                                                teacher_errors_made=4, teacher_errors_avoided=3))
+            if other:
+                write_run(tmp_path / f"results/cifar100/resnet8/{other}/seed{seed}", [50 + k],
+                          seed=seed)
+    lines = pages.summary_table(tmp_path / "ladder").splitlines()[2:]
+    assert lines[0] == "| student alone | 1.0 | 80.50 ± 0.71 | 50.00 ± 0.00 | 40 / 30 |"
+    assert lines[2] == "| KD, both views, T = 4 | 3.4 | 82.50 ± 0.71 |  | 40 / 30 |"
+    assert [line.split(" | ")[1] for line in lines] == ["1.0", "1.7", *5 * ["3.4"]]
 
 
 @pytest.mark.parametrize("kind", ["mistakes", "claims"])
