@@ -138,7 +138,7 @@ PUBLISHED = {"ce": "--method ce", "kd": "--method kd", "sld": "--method sld",
 GRID_18 = {"sld": ("--method sld", (0.05, 0.1, 0.2, 0.4)),
            "sld-without-swaps": (SIX, (0.05, 0.1, 0.2, 0.4)),
            "kd-both": (LADDER["04-kd-both"], (0.2, 0.4, 0.8, 1.6)),
-           "ce": ("--method ce", (0.2, 0.4, 0.8, 1.6)), "kd": ("--method kd", (0.2, 0.4, 0.8, 1.6)),
+           "ce": ("--method ce", (0.2, 0.4, 0.8, 1.6)), "kd": ("--method kd", (0.1, 0.2, 0.4, 0.8)),
            "mlkd": ("--method mlkd", (0.05, 0.1, 0.2, 0.4)),
            "dkd-both": (LADDER["16-dkd-both"], (0.025, 0.05, 0.1, 0.2)),
            "rld-both": (LADDER["17-rld-both"], (0.025, 0.05, 0.1, 0.2))}

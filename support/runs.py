@@ -259,7 +259,7 @@ def restore(saved, s, data, learner):
 def report_failure(s, folder, history):
     """Whatever ends a run early becomes one line that says what is saved and how to go on."""
     world = process()[1]
-    launch = f"torchrun --nproc-per-node {world}" if world > 1 else "python"
+    launch = f"torchrun --standalone --nproc-per-node {world}" if world > 1 else "python"
     command = f"{launch} train.py --resume --run-dir {shlex.quote(str(folder))}"
 
     def saved(how=""):

@@ -147,7 +147,8 @@ def kill_and_resume(device):
 def several_processes(device):
     n = 2 if device == CPU else min(2, torch.cuda.device_count())
     done = subprocess.run(
-        [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", str(n),
+        # --standalone: a free port, so that another torchrun on this machine is not in the way.
+        [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(n),
          ROOT / "train.py", *flags(COLORS | TEACHER | dict(device=device.type, epochs=1))],
         stdout=sys.stdout, stderr=sys.stderr)
     yield f"torchrun --nproc-per-node {n}", done.returncode == 0, f"status {done.returncode}"
@@ -233,7 +234,8 @@ def main():
             print(f"{check.__name__:18s}{what:40s}{word:8s}{figures}", flush=True)
     print(f"{failed} failed, {time.monotonic() - begun:.0f} s", flush=True)
     if failed:
-        sys.exit(f"what was printed on the way: {work / 'log'}")
+        end = "".join((work / "log").read_text("utf-8", "replace").splitlines(True)[-60:])
+        sys.exit(f"what was printed on the way: {work / 'log'}, which ends with\n{end}")
     shutil.rmtree(work)
 
 
