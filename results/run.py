@@ -62,115 +62,21 @@ def taught_by(name):
     return f"--teacher-checkpoint results/teachers/{name}/seed{seed}/last.pt"
 
 
-GRID = {"ce": (0.2, 0.4, 0.8), "kd": (0.1, 0.2, 0.4, 0.8), "sld": (0.05, 0.1, 0.2)}
-VIT_GRID = dict.fromkeys(("ce", "kd", "sld"), (0.0005, 0.001, 0.002, 0.004, 0.008))
-
-# The ladder: one thing changes at a time. Row 15 has been taken out.
+# SLD without its swaps: KD on SLD's views at its temperatures.
 SIX = "--method kd --views both --temperatures 1 2 3 4 5 6"
-# Chosen on validation images: results/tuning/omega, results/tuning/ce-weight.
-OMEGA, CE_WEIGHT = 1, 1
-LADDER = {
-    "01-ce-weak": "--method ce", "02-ce-both": "--method ce --views both",
-    "03-kd-weak": "--method kd", "04-kd-both": "--method kd --views both",
-    "05-kd-both-T1to6": SIX, "06-teacher-swap": "--method sld --no-student-swap",
-    "07-GA-teacher": f"--method sld --no-student-swap --teacher-fix add --omega {OMEGA}",
-    "08-both-swaps": "--method sld --gamma 0", "09-sld": "--method sld",
-    "10-sld-detached": "--method sld --detach", "11-sld-weak": "--method sld --views weak",
-    "12-student-swap": "--method sld --teacher-fix none",
-    "13-kd-both-weight-x6": "--method kd --views both --kd-weight 5.4",
-    "14-kd-both-T1to6-more-ce": f"{SIX} --ce-weight {CE_WEIGHT}",
-    "16-dkd-both": "--method dkd --views both", "17-rld-both": "--method rld --views both",
-    "18-sld-standardized": "--method sld --standardize",
-    "19-kd-both-T1to6-standardized": f"{SIX} --standardize"}
-# The methods as train.py has them by default.
-DEFAULTS = ("01-ce-weak", "03-kd-weak", "09-sld")
-VIT_LADDER = ("01-ce-weak", "03-kd-weak", "05-kd-both-T1to6", "06-teacher-swap", "09-sld",
-              "14-kd-both-T1to6-more-ce")
-CIFAR_LADDER = (*VIT_LADDER, "16-dkd-both", "17-rld-both")
-# Chosen on validation images of glyphs, for a ResNet.
-RATES = RECIPES["glyphs", "sgd"]["lr"]
-# In bfloat16, with which a processor that has it is 1.7 times as fast.
-CIFAR = ("--amp --dataset cifar100 --data-dir data/cifar100 --student resnet8 --epochs 15 "
-         "--schedule cosine --warmup 1.5")
-CIFAR_TEACHER = "--teacher resnet20 --teacher-checkpoint data/cifar100_resnet20.pth"
-
-
-def rate_of(flags):
-    """Which tuned rate a row uses: its method's. But six temperatures, or six times the weight,
-    multiply the KL by six, so those rows use sld's."""
-    six = "--temperatures" in flags or "--kd-weight" in flags
-    return "sld" if six else flags.split()[1]
-
-
-def with_rate(flags, teacher, rates=RATES):
-    """The row's flags with its learning rate and, unless it is ce, the teacher."""
-    flags = f"{flags} --lr {rates[rate_of(flags)]:g}"
-    return flags if "--method ce" in flags else f"{flags} {teacher}"
-
-
-def ladder(teacher, rows=LADDER, more="", rates=RATES):
-    """{row: flags} of the rows of LADDER."""
-    return {row: f"{with_rate(LADDER[row], teacher, rates)} {more}" for row in rows}
-
-
-def grid(lrs, more=""):
-    """{row: flags} of each method at each of its rates {method: rates}, on validation images."""
-    teacher = taught_by("glyphs-val")
-    return {f"{method}-lr{lr:g}":
-            f"{with_rate(f'--method {method}', teacher, {method: lr})} {more} --evaluate val"
-            for method in lrs for lr in lrs[method]}
-
-
-def variants(flags, name, values):
-    """{row: flags} of one experiment at several values of the flag `name`, on validation images."""
-    return {f"{name.strip('-')}{v:g}":
-            f"{with_rate(flags, taught_by('glyphs-val'))} {name} {v:g} --evaluate val"
-            for v in values}
-
-
-PUBLISHED_TEACHER = "--teacher resnet56 --teacher-checkpoint data/cifar100_resnet56.pth"
-PUBLISHED = {"ce": "--method ce", "kd": "--method kd", "sld": "--method sld",
-             "sld-without-swaps": f"{SIX} --lr 0.025"}
-
-
-# For a ladder of 18 epochs: rates of each family, with both views where it is made for them.
-# sld-without-swaps is KD on SLD's views and temperatures.
-GRID_18 = {"sld": ("--method sld", (0.05, 0.1, 0.2, 0.4)),
-           "sld-without-swaps": (SIX, (0.05, 0.1, 0.2, 0.4)),
-           "kd-both": (LADDER["04-kd-both"], (0.2, 0.4, 0.8, 1.6)),
-           "ce": ("--method ce", (0.2, 0.4, 0.8, 1.6)), "kd": ("--method kd", (0.1, 0.2, 0.4, 0.8)),
-           "mlkd": ("--method mlkd", (0.05, 0.1, 0.2, 0.4)),
-           "dkd-both": (LADDER["16-dkd-both"], (0.025, 0.05, 0.1, 0.2)),
-           "rld-both": (LADDER["17-rld-both"], (0.025, 0.05, 0.1, 0.2))}
-# The same on CIFAR-100, of those that are run there.
-GRID_CIFAR = {"ce": (0.05, 0.1, 0.2, 0.4, 0.8), "kd": (0.05, 0.1, 0.2, 0.4),
-              "kd-both": (0.05, 0.1, 0.2, 0.4), "sld": (0.0125, 0.025, 0.05, 0.1, 0.2),
-              "sld-without-swaps": (0.0125, 0.025, 0.05, 0.1, 0.2)}
-CIFAR_20 = ("--amp --dataset cifar100 --data-dir data/cifar100 --student resnet8 --epochs 20 "
-            "--schedule cosine --warmup 2")
-
-
-def rates_of(grid, teacher, more):
-    """{row: flags} of the families of GRID_18 at these rates {family: rates}."""
-    return {f"{name}-lr{lr:g}": f"{GRID_18[name][0]} --lr {lr:g} {more} --evaluate val "
-            + teacher * (name != "ce") for name, rates in grid.items() for lr in rates}
-
-
-# The ladder of 18 epochs. {family: its rate, the best of its grid}; a family whose grid has not
-# been run has no rows yet.
-RATES_18 = {"sld": 0.2, "sld-without-swaps": 0.2, "kd-both": 0.8, "ce": 0.8}
-# {row: the flag of its weight, the values tried, the best of them}. CE's default weight, 0.1, is
-# that of sld-without-swaps.
-WEIGHTS_18 = {"more-ce": ("--ce-weight", (0.3, 1, 3), 0.3),
-              "add-wrong": ("--omega", (0.5, 1, 2), 1),
-              "dkd": ("--beta", (2, 4, 8), 8), "rld": ("--beta", (2, 4, 8), 8)}
+# What has a learning rate of its own.
+FAMILIES = {
+    "ce": "--method ce", "kd": "--method kd", "kd-both": "--method kd --views both",
+    "sld-without-swaps": SIX, "sld": "--method sld", "mlkd": "--method mlkd",
+    "dkd-both": "--method dkd --views both", "rld-both": "--method rld --views both"}
 TEACHER_SWAP = "--method sld --no-student-swap"
-ROWS = {  # row: (family, flags)
+# {row: (whose rate it has, flags)}: a row differs from the first of its family in one thing.
+ROWS = {
     "student-alone": ("ce", "--method ce"),
     "student-alone-both": ("ce", "--method ce --views both"),
     "kd": ("kd", "--method kd"), "kd-both": ("kd-both", "--method kd --views both"),
-    "sld-without-swaps": ("sld-without-swaps", SIX),
-    "more-ce": ("sld-without-swaps", SIX),
+    "sld-without-swaps": ("sld-without-swaps", SIX), "more-ce": ("sld-without-swaps", SIX),
+    "more-ce-1": ("sld-without-swaps", f"{SIX} --ce-weight 1"),
     "only-teacher-swap": ("sld", TEACHER_SWAP),
     "mask": ("sld", f"{TEACHER_SWAP} --teacher-fix mask"),
     "add-wrong": ("sld", f"{TEACHER_SWAP} --teacher-fix add-wrong"),
@@ -182,16 +88,50 @@ ROWS = {  # row: (family, flags)
     "dkd": ("dkd-both", "--method dkd --views both"),
     "rld": ("rld-both", "--method rld --views both"), "mlkd": ("mlkd", "--method mlkd")}
 # Those that are run with other teachers.
-BY_ERROR = ("sld-without-swaps", "more-ce", "mask", "only-teacher-swap", "sld")
+BY_ERROR = ("sld-without-swaps", "more-ce", "more-ce-1", "mask", "only-teacher-swap", "sld")
+VIT_ROWS = ("student-alone", "kd", "sld-without-swaps", "more-ce", "only-teacher-swap", "sld")
+
+
+def rows_of(names, rates, teacher, more="", weights=None):
+    """{row: flags of train.py} of these ROWS. rates: {family: learning rate}. teacher: flags, for
+    those that have one. weights: {row: a flag and its number}."""
+    return {row: f"{flags} {(weights or {}).get(row, '')} --lr {rates[family]:g} {more} "
+            + teacher * (family != "ce")
+            for row, (family, flags) in ROWS.items() if row in names}
+
+
+def grid(rates, teacher, more=""):
+    """{row: flags} of each of these FAMILIES {family: rates} at each rate, on validation images."""
+    return {f"{name}-lr{lr:g}": f"{FAMILIES[name]} --lr {lr:g} {more} --evaluate val "
+            + teacher * (name != "ce") for name in rates for lr in rates[name]}
+
+
+# {family: its rates}: for train.py's defaults, and for a ladder of 18 epochs.
+GRID = {"ce": (0.2, 0.4, 0.8), "kd": (0.1, 0.2, 0.4, 0.8), "sld": (0.05, 0.1, 0.2)}
+GRID_NEIGHBOURS = {"dkd-both": (0.025, 0.05, 0.1, 0.2, 0.4),
+                   "rld-both": (0.0125, 0.025, 0.05, 0.1, 0.2)}
+GRID_VIT = dict.fromkeys(("ce", "kd", "sld"), (0.0005, 0.001, 0.002, 0.004, 0.008))
+GRID_18 = {"sld": (0.05, 0.1, 0.2, 0.4), "sld-without-swaps": (0.05, 0.1, 0.2, 0.4),
+           "kd-both": (0.2, 0.4, 0.8, 1.6), "ce": (0.2, 0.4, 0.8, 1.6), "kd": (0.1, 0.2, 0.4, 0.8),
+           "mlkd": (0.05, 0.1, 0.2, 0.4), "dkd-both": (0.025, 0.05, 0.1, 0.2),
+           "rld-both": (0.025, 0.05, 0.1, 0.2)}
+GRID_CIFAR = {"ce": (0.05, 0.1, 0.2, 0.4, 0.8), "kd": (0.05, 0.1, 0.2, 0.4),
+              "kd-both": (0.05, 0.1, 0.2, 0.4), "sld": (0.0125, 0.025, 0.05, 0.1, 0.2),
+              "sld-without-swaps": (0.0125, 0.025, 0.05, 0.1, 0.2)}
+# The ladder: {family: the best rate of its grid}.
+RATES_18 = {"sld": 0.2, "sld-without-swaps": 0.2, "kd": 0.2, "kd-both": 0.8, "ce": 0.8, "mlkd": 0.1,
+            "dkd-both": 0.1, "rld-both": 0.05}
+# {row: the flag of its weight, the values tried, the best of them}. CE's default weight, 0.1, is
+# that of sld-without-swaps.
+WEIGHTS_18 = {"more-ce": ("--ce-weight", (0.3, 1, 3), 0.3),
+              "add-wrong": ("--omega", (0.5, 1, 2), 1),
+              "dkd": ("--beta", (2, 4, 8), 8), "rld": ("--beta", (2, 4, 8), 8)}
 
 
 def eighteen(teacher, rows, more="", weights=None):
-    """{row: flags of train.py} of these ROWS, taught by one of the TEACHERS. weights: {row: flag
-    and number}; default the best of WEIGHTS_18."""
+    """`rows_of` the ladder, taught by one of the TEACHERS; weights: default the best ones."""
     weights = weights or {row: f"{name} {best:g}" for row, (name, _, best) in WEIGHTS_18.items()}
-    return {row: f"{flags} {weights.get(row, '')} --lr {RATES_18[family]:g} --epochs 18 {more} "
-            + taught_by(teacher) * (family != "ce")
-            for row, (family, flags) in ROWS.items() if row in rows and family in RATES_18}
+    return rows_of(rows, RATES_18, taught_by(teacher), f"--epochs 18 {more}", weights)
 
 
 # Each of the weights, on validation images.
@@ -200,6 +140,25 @@ TUNING_WEIGHTS = {
     for row, (name, values, _) in WEIGHTS_18.items() for value in values
     for flags in eighteen("resnet14-val", [row], "--evaluate val",
                           {row: f"{name} {value:g}"}).values()}
+
+
+def as_tuned(kind):
+    """{family: rate} as train.py has them, tuned for ce, kd, sld, dkd and rld on glyphs."""
+    rates = RECIPES["glyphs", kind]["lr"]
+    return rates | {"kd-both": rates["kd"], "sld-without-swaps": rates["sld"],
+                    "dkd-both": rates["dkd"], "rld-both": rates["rld"]}
+
+
+# With a weight of CE that was chosen for nine epochs: results/tuning/ce-weight.
+CE_WEIGHT = 1
+MORE_CE = {"more-ce": f"--ce-weight {CE_WEIGHT}"}
+# In bfloat16, with which a processor that has it is 1.7 times as fast.
+CIFAR = "--amp --dataset cifar100 --data-dir data/cifar100 --student resnet8 --schedule cosine"
+CIFAR_15, CIFAR_20 = f"{CIFAR} --epochs 15 --warmup 1.5", f"{CIFAR} --epochs 20 --warmup 2"
+CIFAR_TEACHER = "--teacher resnet20 --teacher-checkpoint data/cifar100_resnet20.pth"
+STRONG_TEACHER = "--teacher resnet56 --teacher-checkpoint data/cifar100_resnet56.pth"
+PUBLISHED = {"ce": "--method ce", "kd": "--method kd", "sld": "--method sld",
+             "sld-without-swaps": f"{SIX} --lr 0.025"}
 
 
 # Pretrained networks: rates of a teacher alone, and of a smaller student with each method.
@@ -220,46 +179,29 @@ PHOTO_TUNING = {
 
 # {group: ({row: flags of train.py}, seeds)}
 GROUPS = {
-    "glyphs/9-epochs": (ladder(taught_by("glyphs")), range(5)),
-    "glyphs/vit": (ladder(taught_by("glyphs"), VIT_LADDER, "--student vit_nano",
-                          RECIPES["glyphs", "adamw"]["lr"]), range(5)),
-    # The data and the public teachers have to be there: results/README.md says where.
-    "cifar100/resnet8": (ladder(CIFAR_TEACHER, CIFAR_LADDER, CIFAR), range(3)),
-    # At the learning rate that KD had before 0.4 was chosen, on glyphs.
-    "cifar100/kd-rate": ({"kd-lr0.2": f"--method kd --lr 0.2 {CIFAR_TEACHER} {CIFAR}"}, range(3)),
-    "cifar100/strong-teacher": (
-        ladder("--teacher resnet56 --teacher-checkpoint data/cifar100_resnet56.pth",
-               ("05-kd-both-T1to6", "06-teacher-swap", "09-sld"), CIFAR), range(3)),
-    "tuning/dkd": (variants(LADDER["16-dkd-both"], "--lr", (0.025, 0.05, 0.1, 0.2, 0.4)), range(1)),
-    "tuning/rld": (variants(LADDER["17-rld-both"], "--lr", (0.0125, 0.025, 0.05, 0.1, 0.2)),
-                   range(1)),
-    "tuning/omega": (variants(LADDER["07-GA-teacher"], "--omega", (0.5, 1, 2, 4, 8)), range(2)),
-    "tuning/ce-weight": (variants(SIX, "--ce-weight", (0.1, 0.3, 1, 3, 10)), range(2)),
-    "checks/stability": (
-        {f"{name}-{n}-thread": f"{ALONE} {flag}"
-         for name, flag in (("float32", ""), ("bfloat16", "--amp")) for n in (1, 2)}, range(3)),
-    "tuning/glyphs": (grid(GRID), range(5)),
-    # The row of 0.2 is teachers/glyphs-val.
-    "tuning/teacher": ({f"resnet14-lr{lr:g}": f"{ALONE} --evaluate val --lr {lr:g}"
-                        for lr in (0.1, 0.4)}, range(1)),
-    "tuning/ladder": (rates_of({name: rates for name, (_, rates) in GRID_18.items()},
-                               taught_by("resnet14-val"), "--epochs 18"), range(1)),
-    "tuning/ladder-weights": (TUNING_WEIGHTS, range(1)),
-    "tuning/cifar100": (rates_of(GRID_CIFAR, CIFAR_TEACHER, CIFAR_20), range(1)),
-    "tuning/vit": (grid(VIT_GRID, "--student vit_nano"), range(2)),
     "glyphs/ladder": (eighteen("resnet14", ROWS), range(5)),
     **{f"glyphs/teachers-by-error/{n}-epochs":
        (eighteen(f"resnet14-{n}-epochs", BY_ERROR), range(5)) for n in pages.OTHER_EPOCHS},
     "glyphs/noisy-labels": (eighteen("resnet14-noisy", ("student-alone", *BY_ERROR),
                                      "--dataset glyphs-noisy"), range(5)),
-    "glyphs/18-epochs": (ladder(taught_by("glyphs"), DEFAULTS, "--epochs 18"), range(5)),
+    "glyphs/vit": (rows_of(VIT_ROWS, as_tuned("adamw"), taught_by("glyphs"), "--student vit_nano",
+                           MORE_CE), range(5)),
+    # A ViT teaches.
+    "glyphs/vit-teacher": (rows_of(("student-alone", "kd", "sld"), as_tuned("sgd"),
+                                   f"--teacher vit_nano {taught_by('glyphs-vit')}"), range(3)),
+    # The data and the public teachers have to be there: results/README.md says where.
+    "cifar100/resnet8": (rows_of((*VIT_ROWS, "dkd", "rld"), as_tuned("sgd"), CIFAR_TEACHER,
+                                 CIFAR_15, MORE_CE), range(3)),
+    # At the learning rate that KD had before 0.4 was chosen, on glyphs.
+    "cifar100/kd-rate": ({"kd-lr0.2": f"--method kd --lr 0.2 {CIFAR_TEACHER} {CIFAR_15}"},
+                         range(3)),
+    "cifar100/strong-teacher": (rows_of(("sld-without-swaps", "only-teacher-swap", "sld"),
+                                        as_tuned("sgd"), STRONG_TEACHER, CIFAR_15), range(3)),
     # The published recipe as it stands, 240 epochs, in bfloat16.
     "cifar100/published": (
         {row: "--amp --dataset cifar100 --data-dir data/cifar100 --student resnet20 "
-              f"{flags} {PUBLISHED_TEACHER * (row != 'ce')}" for row, flags in PUBLISHED.items()},
+              f"{flags} {STRONG_TEACHER * (row != 'ce')}" for row, flags in PUBLISHED.items()},
         range(1)),
-    "tuning/photographs-teacher": (PHOTO_TEACHERS, range(1)),
-    "tuning/photographs": (PHOTO_TUNING, range(1)),
     # At the rates of train.py: what the student is compared with, and the student.
     "photographs/mobilenet_v2": ({"ce": MOBILENET}, range(3)),
     "photographs/mobilenet_v2-224px": ({"ce": f"{MOBILENET} --image-size 224"}, range(3)),
@@ -267,9 +209,23 @@ GROUPS = {
         {method: f"--method {method} {PHOTO_STUDENT}"
          + (method != "ce") * f" --teacher mobilenet_v2 {taught_by('trashnet')}"
          for method in ("ce", "kd", "sld")}, range(3)),
-    # A ViT teaches.
-    "glyphs/vit-teacher": (
-        ladder(f"--teacher vit_nano {taught_by('glyphs-vit')}", DEFAULTS[1:]), range(3)),
+    "tuning/glyphs": (grid(GRID, taught_by("glyphs-val")), range(5)),
+    "tuning/glyphs-neighbours": (grid(GRID_NEIGHBOURS, taught_by("glyphs-val")), range(1)),
+    # The row of 0.2 is teachers/glyphs-val.
+    "tuning/teacher": ({f"resnet14-lr{lr:g}": f"{ALONE} --evaluate val --lr {lr:g}"
+                        for lr in (0.1, 0.4)}, range(1)),
+    "tuning/ce-weight": (
+        {f"ce-weight{weight:g}": f"{SIX} --ce-weight {weight:g} --lr {as_tuned('sgd')['sld']:g} "
+         f"{taught_by('glyphs-val')} --evaluate val" for weight in (0.1, 0.3, 1, 3, 10)}, range(2)),
+    "tuning/ladder": (grid(GRID_18, taught_by("resnet14-val"), "--epochs 18"), range(1)),
+    "tuning/ladder-weights": (TUNING_WEIGHTS, range(1)),
+    "tuning/vit": (grid(GRID_VIT, taught_by("glyphs-val"), "--student vit_nano"), range(2)),
+    "tuning/cifar100": (grid(GRID_CIFAR, CIFAR_TEACHER, CIFAR_20), range(1)),
+    "tuning/photographs-teacher": (PHOTO_TEACHERS, range(1)),
+    "tuning/photographs": (PHOTO_TUNING, range(1)),
+    "checks/stability": (
+        {f"{name}-{n}-thread": f"{ALONE} {flag}"
+         for name, flag in (("float32", ""), ("bfloat16", "--amp")) for n in (1, 2)}, range(3)),
 }
 
 

@@ -15,7 +15,7 @@ from nbclient import NotebookClient
 
 from models import create_model
 from results import pages
-from support import glyphs, tables
+from support import glyphs
 from swap import misclassified
 
 ROOT = Path(__file__).parent.parent
@@ -118,8 +118,8 @@ def test_the_examples_are_chosen_among_what_is_there(teacher, what, capsys):
 
 
 def test_missing_logs_name_the_command_that_makes_them(small, monkeypatch):
-    shutil.rmtree(small / "results/glyphs/9-epochs")
-    cell, = [cell for cell in CODE if "def ladder" in cell.source]
+    shutil.rmtree(small / "results/glyphs/ladder")
+    cell, = [cell for cell in CODE if "top1_of(LOGS)" in cell.source]
     monkeypatch.chdir(small)
-    with pytest.raises(SystemExit, match="python results/run.py glyphs/9-epochs makes the logs"):
-        exec(cell.source, dict(tables=tables, Path=Path, KD=pages.KD, WORDS=pages.WORDS))
+    with pytest.raises(SystemExit, match="python results/run.py glyphs/ladder makes the logs"):
+        exec(cell.source, dict(Path=Path, ROWS=pages.ROWS, top1_of=pages.top1_of))

@@ -15,7 +15,6 @@ from results import pages
 from results import run as runner
 from support import glyphs
 from support.checkpoints import load_model, weights_digest
-from support.plots import BLUE
 from support.runs import write_json
 from support.tables import (
     difference,
@@ -52,28 +51,26 @@ def test_every_row_is_an_experiment(group, command, monkeypatch):
             assert s["evaluate"] == "val" and ("-val/" in teacher or s["dataset"] == "cifar100")
 
 
-def test_rows_of_a_family_share_their_rate():
-    rates = {}
-    for row, flags in runner.GROUPS["glyphs/9-epochs"][0].items():
-        words = flags.split()
-        assert words.count("--lr") == 1
-        rates.setdefault(runner.rate_of(runner.LADDER[row]), set()).add(
-            words[words.index("--lr") + 1])
-    assert {name: len(rate) for name, rate in rates.items()} == dict.fromkeys(
-        ("ce", "kd", "sld", "dkd", "rld"), 1)
-    assert runner.rate_of(runner.SIX) == "sld"
-    assert runner.rate_of(runner.LADDER["04-kd-both"]) == "kd"
+def test_each_row_of_a_ladder_has_its_familys_rate():
+    rows = runner.rows_of(("sld", "sort", "student-alone"), {"sld": 0.2, "ce": 1}, "--teacher a",
+                          "--epochs 3", {"sort": "--weight-decay 0"})
+    assert {row: flags.split() for row, flags in rows.items()} == {
+        "student-alone": "--method ce --lr 1 --epochs 3".split(),
+        "sld": "--method sld --lr 0.2 --epochs 3 --teacher a".split(),
+        "sort": ("--method sld --no-student-swap --teacher-fix sort --weight-decay 0 --lr 0.2 "
+                 "--epochs 3 --teacher a").split()}
+    assert runner.ROWS.keys() == pages.ROWS.keys() and {*pages.SUMMARY} < pages.ROWS.keys()
+    assert {family for family, _ in runner.ROWS.values()} == runner.FAMILIES.keys()
 
 
-@pytest.mark.parametrize("group, chosen", [("omega", runner.OMEGA),
-                                           ("ce-weight", runner.CE_WEIGHT)])
-def test_what_the_ladder_takes_is_the_best_of_its_grid_and_inside_it(group, chosen):
+def test_the_weight_of_ce_for_nine_epochs_is_the_best_of_its_grid_and_inside_it():
     means = {}
-    for row in read_rows(ROOT / "results" / "tuning" / group).values():
+    for row in read_rows(ROOT / "results/tuning/ce-weight").values():
         config, _ = next(iter(row.values()))
         by_seed = last_top1(row)
-        means[config[group.replace("-", "_")]] = sum(by_seed.values()) / len(by_seed)
-    assert chosen == max(means, key=means.get) and min(means) < chosen < max(means)
+        means[config["ce_weight"]] = sum(by_seed.values()) / len(by_seed)
+    assert max(means, key=means.get) == runner.CE_WEIGHT
+    assert min(means) < runner.CE_WEIGHT < max(means)
 
 
 def test_the_ladders_rates_and_weights_are_the_best_of_their_grids_and_inside_them():
@@ -210,23 +207,6 @@ def test_the_table_of_mistakes():
     assert second == f"| 2-sld | 2 | 15.0 | {none} | 80.0 | {none} |"
 
 
-def test_the_table_of_claims(tmp_path, write_run, monkeypatch):
-    """Of two claims whose rows are there, one is as sure as can be, and p counts both."""
-    monkeypatch.setattr(pages, "CLAIMS", {"far": ("b", "a"), "none": ("c", "a"),
-                                           "absent": ("z", "a")})
-    for row, top1 in dict(a=(50, 50, 50), b=(52, 52.1, 51.9), c=(51, 49, 50)).items():
-        for seed, value in enumerate(top1):
-            folder = write_run(tmp_path / row / f"seed{seed}", [value], seed=seed)
-            write_json(folder / "final.json", dict(
-                teacher_errors=10, teacher_errors_made=seed + (row == "c")))
-    raw = top1_difference(*(read_rows(tmp_path)[row] for row in "ba"))[3]
-    _, _, far, none = pages.claims_table(tmp_path).splitlines()
-    assert far == ("| far | b minus a | +2.00 (+1.75 to +2.25) | "
-                   f"{2 * raw:.2g} | +0.0 (+0.0 to +0.0) | 1 |")
-    assert none == ("| none | c minus a | +0.00 (-2.48 to +2.48) | 1 | "
-                    "+10.0 (+10.0 to +10.0) | 0 |")
-
-
 def write_final(folder, top1, wrong, write_run):
     """A student with this top-1, whose teacher misreads `wrong` % of the weak views."""
     run = write_run(folder, [top1], seed=int(folder.name.removeprefix("seed")))
@@ -285,14 +265,14 @@ def test_the_tables_of_the_ladder_are_made_of_the_fresh_images(tmp_path, write_r
 def test_the_summary(tmp_path, write_run, monkeypatch):
     """Two views, or a teacher, make a step dearer; a row that CIFAR-100 lacks has an empty cell."""
     monkeypatch.setattr(pages, "ROOT", tmp_path)
-    for k, (row, other) in enumerate(pages.SUMMARY.items()):
+    for k, row in enumerate(pages.SUMMARY):
         for seed in range(2):
             run = write_run(tmp_path / f"ladder/{row}/seed{seed}", [50], seed=seed,
                             teacher="resnet14" if k else None, views="both" if k > 1 else "weak")
             write_json(run / "final.json", dict(top1=80 + k + seed, teacher_errors=10,
                                                 teacher_errors_made=4, teacher_errors_avoided=3))
-            if other:
-                write_run(tmp_path / f"results/cifar100/resnet8/{other}/seed{seed}", [50 + k],
+            if row != "kd-both":
+                write_run(tmp_path / f"results/cifar100/resnet8/{row}/seed{seed}", [50 + k],
                           seed=seed)
     lines = pages.summary_table(tmp_path / "ladder").splitlines()[2:]
     assert lines[0] == "| student alone | 1.0 | 80.50 ± 0.71 | 50.00 ± 0.00 | 40 / 30 |"
@@ -300,7 +280,7 @@ def test_the_summary(tmp_path, write_run, monkeypatch):
     assert [line.split(" | ")[1] for line in lines] == ["1.0", "1.7", *5 * ["3.4"]]
 
 
-@pytest.mark.parametrize("kind", ["mistakes", "claims"])
+@pytest.mark.parametrize("kind", [kind for kind in pages.TABLES if kind != "table"])
 def test_the_other_tables_are_what_the_files_give(kind):
     page = (ROOT / "results/README.md").read_text("utf-8")
     tables = re.findall(rf"<!-- {kind}: (.+?) -->\n(.*?)\n<!-- end -->", page, re.S)
@@ -314,9 +294,9 @@ def test_the_readme_says_of_the_ladder_what_its_logs_show():
     text = " ".join((ROOT / "README.md").read_text("utf-8").split())
     rows = read_rows(ROOT / "results/glyphs/9-epochs")
     assert {len(row) for row in rows.values()} == {5} and "five seeds each" in text
-    kd, sld = "05-kd-both-T1to6", "09-sld"
+    kd, sld = "sld-without-swaps", "sld"
     made = pages.mistakes_of(ROOT / "results/glyphs/9-epochs", "made")
-    alone, taught = (sum(made[row].values()) / 5 for row in ("01-ce-weak", kd))
+    alone, taught = (sum(made[row].values()) / 5 for row in ("student-alone", kd))
     assert (f"a student repeats {alone:.0f} % of the teacher's, taught by SLD without swaps "
             f"{taught:.0f} %") in text
     top1 = {pair: top1_difference(*(rows[row] for row in pair))
@@ -333,7 +313,7 @@ def test_the_readme_says_of_the_ladder_what_its_logs_show():
     assert ("Not shown: that swapping beats GA, that two teachers beat one, that the swap beats a "
             "larger weight of CE.") in text
     page = " ".join((ROOT / "results/README.md").read_text("utf-8").split())
-    weak, both = (top1[sld, row][0] for row in ("03-kd-weak", "04-kd-both"))
+    weak, both = (top1[sld, row][0] for row in ("kd", "04-kd-both"))
     assert f"KD is {weak:.2f} points below it, on both views {-both:.2f} above. Row 04" in page
     means = {row: sum(last_top1(rows[row]).values()) for row in rows}
     assert max(means, key=means.get) == "04-kd-both"
@@ -352,7 +332,7 @@ def test_the_readme_says_of_the_ladder_what_its_logs_show():
              for ladder in (rows, vit, photographs)]
     assert "differences below about {}, {} and {} points would mostly not have been shown".format(
         *least) in text
-    more_ce = top1_difference(photographs[sld], photographs["14-kd-both-T1to6-more-ce"])
+    more_ce = top1_difference(photographs[sld], photographs["more-ce"])
     assert min(d[3] for d in (*against_kd, more_ce)) > 0.05
     assert ("SLD is not shown to beat KD that is given the same views, temperatures and learning "
             "rate.") in text
@@ -366,16 +346,16 @@ def test_the_readme_says_of_the_ladder_what_its_logs_show():
 def test_what_the_text_says_of_cifar100():
     text = " ".join((ROOT / "results/README.md").read_text("utf-8").split())
     rows = read_rows(ROOT / "results/cifar100/resnet8")
-    weak = rows["03-kd-weak"]
+    weak = rows["kd"]
     other = read_rows(ROOT / "results/cifar100/kd-rate")["kd-lr0.2"]
     six, sld = ([top1_difference(rows[row], kd)[0] for kd in (weak, other)]
-                for row in ("05-kd-both-T1to6", "09-sld"))
+                for row in ("sld-without-swaps", "sld"))
     assert f"bring KD {six[0]:.1f} points over one view at KD's." in text
     assert f"with 0.2 it has {top1_difference(other, weak)[0]:.1f} points more" in text
     assert "by {:.1f} points, or {:.1f} at the better".format(*sld) in text
-    assert "without a swap, by {:.1f} or {:.1f}.".format(*six) in text
+    assert "without its swaps, by {:.1f} or {:.1f}.".format(*six) in text
     means = [interval([*last_top1(rows[row]).values()])[0]
-             for row in ("06-teacher-swap", "09-sld", "14-kd-both-T1to6-more-ce")]
+             for row in ("only-teacher-swap", "sld", "more-ce")]
     assert max(means) - min(means) < 0.2 and "within 0.2 points of one another" in text
     # The same images, of which the teacher misreads the same weak views.
     for seed, (_, epochs) in weak.items():
@@ -388,7 +368,7 @@ def test_what_the_text_says_of_the_teacher_that_is_nearly_always_right():
     text = text[text.index("### A teacher that is nearly always right"):]
     rows, small = (read_rows(ROOT / "results" / group)
                    for group in ("cifar100/strong-teacher", "cifar100/resnet8"))
-    kd = "05-kd-both-T1to6"
+    kd = "sld-without-swaps"
     weak, strong = ([epoch[f"swap_teacher_{view}"] for row in rows.values()
                      for _, epochs in row.values() for epoch in epochs]
                     for view in ("weak", "strong"))
@@ -397,13 +377,13 @@ def test_what_the_text_says_of_the_teacher_that_is_nearly_always_right():
     top1 = {row: last_top1(rows[row]) for row in rows}
     assert {len(row) for row in rows.values()} == {3}
     above = {row: [top1[row][seed] > top1[kd][seed] for seed in range(3)] for row in rows}
-    assert sum(above["06-teacher-swap"]) == sum(above["09-sld"]) == 2
-    assert "above row 05 with two seeds and below it with one" in text
+    assert sum(above["only-teacher-swap"]) == sum(above["sld"]) == 2
+    assert "end above the one without with two seeds and below it with one" in text
     means = [sum(values.values()) / 3 for values in top1.values()]
     assert max(means) - min(means) < 0.2 and "lie within 0.2 points of one another" in text
     less = top1_difference(rows[kd], small[kd])[0]
     made = pages.mistakes_of(ROOT / "results/cifar100/strong-teacher", "made")[kd]
-    assert f"05 ends {-less:.1f} points below what resnet20 brings it to" in text
+    assert f"sld-without-swaps ends {-less:.1f} points below what resnet20 brings it to" in text
     assert f"repeats {sum(made.values()) / 3:.0f} % of its teacher's mistakes" in text
 
 
@@ -411,41 +391,17 @@ def test_what_the_text_says_of_the_vits_ladder():
     text = " ".join((ROOT / "results/README.md").read_text("utf-8").split())
     rows = read_rows(ROOT / "results/glyphs/vit")
     made = pages.mistakes_of(ROOT / "results/glyphs/vit", "made")
-    kd, weak, swaps = "05-kd-both-T1to6", "03-kd-weak", ("06-teacher-swap", "09-sld")
-    gains = [top1_difference(rows[row], rows[weak])[0] for row in (kd, "09-sld")]
+    kd, weak, swaps = "sld-without-swaps", "kd", ("only-teacher-swap", "sld")
+    gains = [top1_difference(rows[row], rows[weak])[0] for row in (kd, "sld")]
     assert "over KD on one view {:.1f} points, SLD {:.1f})".format(*gains) in text
     differences = [top1_difference(rows[row], rows[kd]) for row in swaps]
     assert max(d[0] for d in differences) < 0 < min(d[2] for d in differences)
     low, high = min(d[1] for d in differences), max(d[2] for d in differences)
     assert f"with intervals from {low:+.1f} to {high:+.1f}." in text
-    taught, alone = (sum(made[row].values()) / 5 for row in (kd, "01-ce-weak"))
+    taught, alone = (sum(made[row].values()) / 5 for row in (kd, "student-alone"))
     assert f"({taught:.0f} % of the teacher's against {alone:.0f} % alone)" in text
     p = holm({row: difference(made[row], made[kd]) for row in rows if row != kd})
     assert min(p[row] for row in swaps) > 0.05
-
-
-def test_the_figure_of_the_differences(tmp_path, write_run, monkeypatch):
-    """A group that is cut off, or lacks row 5, is left out; a mark is filled where p < 0.05."""
-    monkeypatch.setattr(pages, "ROOT", tmp_path)
-    for row, top1 in {"05-kd-both-T1to6": (50, 50, 50), "06-far": (52, 52.1, 51.9),
-                      "07-GA-teacher": (51, 49, 50)}.items():
-        for seed, value in enumerate(top1):
-            write_run(tmp_path / f"results/glyphs/9-epochs/{row}/seed{seed}", [value], seed=seed)
-    write_run(tmp_path / "results/cifar100/resnet8/01-ce-weak/seed0", [50], seed=0)
-    assert [*pages.ladders()] == ["glyphs"]
-    write_run(tmp_path / "results/cifar100/resnet8/05-kd-both-T1to6/seed0", [50], seed=0, epochs=2)
-    (ax,) = pages.draw_differences(pages.ladders()).axes
-    assert [label.get_text() for label in ax.get_yticklabels()] == [
-        "06-far", "GA, no pseudo-teacher"]
-    # The legend's marks, filled and open, are without a place.
-    marks = [line for line in ax.lines if line.get_marker() == "o" and len(line.get_xdata())]
-    assert [line.get_markerfacecolor() for line in marks] == [BLUE, "white"]
-    assert [line.get_xdata()[0] for line in marks] == pytest.approx([2, 0])
-
-
-def test_every_row_of_the_figure_has_words():
-    drawn = {name for rows in pages.ladders().values() for name in rows} - {pages.KD}
-    assert drawn == pages.WORDS.keys()
 
 
 def test_the_teacher_in_the_repository_is_the_one_of_its_log():

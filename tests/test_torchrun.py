@@ -189,7 +189,8 @@ def test_sigterm_says_how_to_go_on(start, ends, tmp_path):
     for process in processes:
         process.terminate()
     first, second = ends(processes)
-    assert first[0] != 0 and "torchrun --standalone --nproc-per-node 2 train.py --resume" in first[2], first[2]
+    command = "torchrun --standalone --nproc-per-node 2 train.py --resume"
+    assert first[0] != 0 and command in first[2], first[2]
     assert second[0] != 0 and "Traceback" not in first[2] + second[2]
 
 
