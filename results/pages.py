@@ -135,8 +135,8 @@ def cost_of_step(config):
 
 
 def summary_table(folder):
-    """Markdown: the rows of SUMMARY in words, of the ladder below `folder` and of CIFAR-100; without
-    the spaces that would count as words of the README."""
+    """Markdown: the rows of SUMMARY in words, of the ladder below `folder` and of CIFAR-100. Spaces
+    that would count as words of the README are left out."""
     top1, cifar = top1_of(folder), read_rows(ROOT / "results/cifar100/resnet8")
     configs = {row: next(iter(by_seed.values()))[0] for row, by_seed in read_rows(folder).items()}
     shares = [mistakes_of(folder, key) for key in ("made", "avoided")]

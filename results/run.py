@@ -128,10 +128,10 @@ WEIGHTS_18 = {"more-ce": ("--ce-weight", (0.3, 1, 3), 0.3),
               "dkd": ("--beta", (2, 4, 8), 8), "rld": ("--beta", (2, 4, 8), 8)}
 
 
-def eighteen(teacher, rows, more="", weights=None):
+def eighteen(teacher, rows, more="", weights=None, rates=RATES_18):
     """`rows_of` the ladder, taught by one of the TEACHERS; weights: default the best ones."""
     weights = weights or {row: f"{name} {best:g}" for row, (name, _, best) in WEIGHTS_18.items()}
-    return rows_of(rows, RATES_18, taught_by(teacher), f"--epochs 18 {more}", weights)
+    return rows_of(rows, rates, taught_by(teacher), f"--epochs 18 {more}", weights)
 
 
 # Each of the weights, on validation images.
@@ -180,6 +180,10 @@ PHOTO_TUNING = {
 # {group: ({row: flags of train.py}, seeds)}
 GROUPS = {
     "glyphs/ladder": (eighteen("resnet14", ROWS), range(5)),
+    # Each rate was chosen with one seed, so: does its neighbour give the same answers?
+    "glyphs/ladder-half-rate": (
+        eighteen("resnet14", {row for pair in pages.CONTRASTS.values() for row in pair}
+                 | {"student-alone"}, rates={k: lr / 2 for k, lr in RATES_18.items()}), range(5)),
     **{f"glyphs/teachers-by-error/{n}-epochs":
        (eighteen(f"resnet14-{n}-epochs", BY_ERROR), range(5)) for n in pages.OTHER_EPOCHS},
     "glyphs/noisy-labels": (eighteen("resnet14-noisy", ("student-alone", *BY_ERROR),
