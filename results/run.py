@@ -89,6 +89,8 @@ ROWS = {
     "rld": ("rld-both", "--method rld --views both"), "mlkd": ("mlkd", "--method mlkd")}
 # Those that are run with other teachers.
 BY_ERROR = ("sld-without-swaps", "more-ce", "more-ce-1", "mask", "only-teacher-swap", "sld")
+# Those of the ladder's questions, and what all are to beat.
+ASKED = ("student-alone", *{row: 0 for pair in pages.CONTRASTS.values() for row in pair})
 VIT_ROWS = ("student-alone", "kd", "sld-without-swaps", "more-ce", "only-teacher-swap", "sld")
 
 
@@ -180,10 +182,12 @@ PHOTO_TUNING = {
 # {group: ({row: flags of train.py}, seeds)}
 GROUPS = {
     "glyphs/ladder": (eighteen("resnet14", ROWS), range(5)),
-    # Each rate was chosen with one seed, so: does its neighbour give the same answers?
+    # Each rate was chosen with one seed, so: does its neighbour give the same answers? And train.py's
+    # own nine epochs?
     "glyphs/ladder-half-rate": (
-        eighteen("resnet14", {row for pair in pages.CONTRASTS.values() for row in pair}
-                 | {"student-alone"}, rates={k: lr / 2 for k, lr in RATES_18.items()}), range(5)),
+        eighteen("resnet14", ASKED, rates={k: lr / 2 for k, lr in RATES_18.items()}), range(5)),
+    "glyphs/ladder-9-epochs": (
+        rows_of(ASKED, as_tuned("sgd"), taught_by("resnet14"), weights=MORE_CE), range(5)),
     **{f"glyphs/teachers-by-error/{n}-epochs":
        (eighteen(f"resnet14-{n}-epochs", BY_ERROR), range(5)) for n in pages.OTHER_EPOCHS},
     "glyphs/noisy-labels": (eighteen("resnet14-noisy", ("student-alone", *BY_ERROR),
