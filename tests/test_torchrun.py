@@ -167,7 +167,11 @@ def test_a_process_that_dies_ends_the_run(start, ends, tmp_path):
 
 
 def test_the_readmes_commands(colors, color_teacher, tmp_path):
-    """The words of both in one, of which the last of a flag counts."""
+    """The words of both in one, of which the last of a flag counts. Each process would be aborted
+    when its interpreter ends, as gloo can do it."""
+    (tmp_path / "site").mkdir()
+    (tmp_path / "site/sitecustomize.py").write_text(
+        "import atexit, os\nif 'LOCAL_RANK' in os.environ:\n    atexit.register(os.abort)\n")
     readme = (ROOT / "README.md").read_text("utf-8")
     lines = re.findall(r"^torchrun ([^#\n]*) train.py ([^#\n]*)", readme, re.M)
     assert len(lines) == 2
@@ -177,7 +181,8 @@ def test_the_readmes_commands(colors, color_teacher, tmp_path):
                color_teacher)
     done = subprocess.run([sys.executable, "-m", "torch.distributed.run", *processes,
                            "--nproc-per-node", "2", ROOT / "train.py", *flags, *map(str, shorter)],
-                          cwd=tmp_path, text=True, capture_output=True, timeout=2 * FOREVER)
+                          cwd=tmp_path, text=True, capture_output=True, timeout=2 * FOREVER,
+                          env=os.environ | dict(PYTHONPATH=str(tmp_path / "site")))
     assert done.returncode == 0, done.stderr
     assert "in 2 processes" in done.stdout and done.stdout.count("last epoch") == 1
     assert len(list((tmp_path / "runs").iterdir())) == 1
