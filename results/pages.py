@@ -14,6 +14,7 @@ sys.path.insert(0, str(ROOT))
 import numpy as np  # noqa: E402
 import torch  # noqa: E402
 from matplotlib.figure import Figure  # noqa: E402
+from scipy import optimize, stats  # noqa: E402
 from torch.utils.flop_counter import FlopCounterMode  # noqa: E402
 
 from models import create_model  # noqa: E402
@@ -106,6 +107,13 @@ def mistakes_table(folder, against):
                      *compared], lines.values())
 
 
+def grid_table(folder):
+    """Markdown: top-1 of the last epoch of each row below `folder`."""
+    return markdown(["row", "seeds", "top-1 of the last epoch, %"],
+                    [[name, len(row), mean_and_sd(last_top1(row))]
+                     for name, row in read_rows(folder).items()])
+
+
 def ladder_table(folder, against):
     """Markdown: the rows below `folder` that have as many seeds as the row `against`, by
     final.json, and their differences to it."""
@@ -135,9 +143,12 @@ def cost_of_step(config):
 
 
 def summary_table(folder):
-    """Markdown: the rows of SUMMARY in words, of the ladder below `folder` and of CIFAR-100. Spaces
-    that would count as words of the README are left out."""
-    top1, cifar = top1_of(folder), read_rows(ROOT / "results/cifar100/resnet8")
+    """Markdown: the teacher and the rows of SUMMARY in words, of the ladder below `folder` and of
+    CIFAR-100. Spaces that would count as words of the README are left out."""
+    on_cifar = ROOT / "results/cifar100/resnet8"
+    top1, cifar = top1_of(folder), read_rows(on_cifar)
+    teachers = [final_of(group, lambda report: report["teacher_top1"])["sld"][0]
+                for group in (folder, on_cifar)]
     configs = {row: next(iter(by_seed.values()))[0] for row, by_seed in read_rows(folder).items()}
     shares = [mistakes_of(folder, key) for key in ("made", "avoided")]
     lines = [[ROWS[row], f"{cost_of_step(configs[row]):.1f}", mean_and_sd(top1[row]),
@@ -145,21 +156,29 @@ def summary_table(folder):
               "/".join(f"{np.mean([*share[row].values()]):.0f}" for share in shares)]
              for row in SUMMARY]
     table = markdown(["training", "cost of a step", "glyphs", "CIFAR-100",
-                      "teacher's errors repeated/right, %"], lines)
+                      "teacher's errors repeated/right, %"],
+                     [["teacher", "", *(f"{top1:.2f}" for top1 in teachers), ""], *lines])
     return re.sub(" *([|±]) *", r"\1", table)
 
 
+def could_be_seen(found, n):
+    """The true difference that would be shown (its 95 % interval without 0) in 80 % of experiments
+    with n pairs, at least 3, and the noise of `found`: of Student's t, noncentral."""
+    limit = stats.t.ppf(0.975, n - 1)
+    in_errors = optimize.brentq(lambda d: stats.nct.sf(limit, n - 1, d) - 0.8, limit, 2 * limit)
+    return in_errors * (found.high - found.mean) / limit
+
+
 def contrasts_table(folder):
-    """Markdown: the CONTRASTS by final.json, with the smallest difference that their noise lets one
-    see: half the width of the interval."""
+    """Markdown: the CONTRASTS by final.json, and how small a difference could have been seen."""
     top1 = top1_of(folder)
     lines = []
     for question, (ours, theirs) in CONTRASTS.items():
         found = difference(top1[ours], top1[theirs])
         lines.append([question, f"{ours} minus {theirs}", interval_cell(found), f"{found.p:.2g}",
-                      f"{found.high - found.mean:.2f}"])
+                      f"{could_be_seen(found, len(top1[ours])):.2f}"])
     return markdown(["question", "rows", "points (95 % interval)", "p",
-                     "smallest that could be seen, points"], lines)
+                     "would be seen 4 times in 5, points"], lines)
 
 
 def gains_by_teacher():
@@ -195,7 +214,7 @@ def gains_table():
 TABLES = {"summary": summary_table, "ladder": ladder_table, "contrasts": contrasts_table,
           "gains": lambda folder: gains_table(),
           "table": lambda folder, *against: table(read_rows(folder), *against),
-          "mistakes": mistakes_table}
+          "mistakes": mistakes_table, "grid": grid_table}
 
 
 def fill_tables():
