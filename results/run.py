@@ -90,7 +90,7 @@ ROWS = {
 # Those that are run with other teachers.
 BY_ERROR = ("sld-without-swaps", "more-ce", "more-ce-1", "mask", "only-teacher-swap", "sld")
 # Those of the ladder's questions, and what all are to beat.
-ASKED = ("student-alone", *{row: 0 for pair in pages.CONTRASTS.values() for row in pair})
+ASKED = {"student-alone", *(row for pair in pages.CONTRASTS.values() for row in pair)}
 VIT_ROWS = ("student-alone", "kd", "sld-without-swaps", "more-ce", "only-teacher-swap", "sld")
 
 

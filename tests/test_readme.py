@@ -15,6 +15,7 @@ from PIL import Image
 import eval as evaluation
 import train
 from models import create_model
+from results.pages import narrow
 from support import console, glyphs
 from support.tables import (
     last_top1,
@@ -114,15 +115,6 @@ def test_every_command_runs(easy_glyphs, colors, color_teacher, command, tmp_pat
     assert ran >= 18
     # Three seeds, as one row and as one curve.
     assert len(list(Path("runs/glyphs-kd-resnet8").glob("seed*/metrics.jsonl"))) == 3
-
-
-def top1_cell(row):
-    return mean_and_sd(last_top1(row)).replace(" ", "")
-
-
-def narrow(head, lines):
-    """As the README has its tables: without the spaces of `markdown`."""
-    return markdown(head, lines).replace("| ", "|").replace(" |", "|")
 
 
 def test_what_the_text_says_of_glyphs():
@@ -264,13 +256,14 @@ def photographs_table():
                 assert all(config[k] == getattr(s, k) for k in
                            ("student", "lr", "optimizer", "epochs", "weight_decay", "pretrained"))
                 assert config["image_size"] == size and len(rows[method]) == 3
-                line.append(top1_cell(rows[method]))
+                line.append(mean_and_sd(last_top1(rows[method])))
             else:
                 line.append("")
         costs = [json.loads(path.read_text("utf-8")) for path in group.glob("ce/seed*/final.json")]
         lines.append([*line, f"{costs[0]['parameters']:,}", f"{costs[0]['megabytes']:.1f}",
                       f"{min(cost['milliseconds'] for cost in costs):.1f}"])
-    return narrow(["network", "alone", "KD", "SLD", "parameters", "MB", "ms an image"], lines)
+    return narrow(markdown(
+        ["network", "alone", "KD", "SLD", "parameters", "MB", "ms an image"], lines))
 
 
 def test_the_table_of_photographs_is_what_the_logs_give():

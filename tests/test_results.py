@@ -30,6 +30,12 @@ from support.tables import (
 )
 
 ROOT = Path(__file__).parent.parent
+LADDER = ROOT / "results/glyphs/ladder"
+
+
+def text_of(page):
+    """Its words, one space apart."""
+    return " ".join((ROOT / page).read_text("utf-8").split())
 
 
 @pytest.mark.parametrize("group", runner.GROUPS)
@@ -91,7 +97,7 @@ def test_the_ladders_rates_and_weights_are_the_best_of_their_grids_and_inside_th
         # Those of other rows are not run yet.
         assert not top1 or (weight == max(top1, key=top1.get)
                             and min(top1) < weight < max(top1)), (row, top1)
-    page = " ".join((ROOT / "results/tuning/README.md").read_text("utf-8").split())
+    page = text_of("results/tuning/README.md")
     top1 = top1_by("lr", "ladder", "sld-without-swaps-lr")
     assert top1[0.2] - top1[0.1] == 100 * 5 / 1600 and "by five images" in page
     assert "From 0.1 to 3 all lie within half a point" in page
@@ -301,17 +307,9 @@ def test_the_other_tables_are_what_the_files_give(kind):
         assert shown == pages.TABLES[kind](ROOT / folder, *against)
 
 
-LADDER = ROOT / "results/glyphs/ladder"
-
-
-def text_of(page):
-    return " ".join((ROOT / page).read_text("utf-8").split())
-
-
 def test_the_ladder_is_the_experiment_that_the_pages_describe():
     rows, made = read_rows(LADDER), pages.top1_of(LADDER)
-    declared = {row for pair in pages.CONTRASTS.values() for row in pair}
-    for row in declared | {*pages.SUMMARY}:
+    for row in runner.ASKED | {*pages.SUMMARY}:
         assert [*rows[row]] == [*made[row]] == [0, 1, 2, 3, 4], row
     flags = runner.GROUPS["glyphs/ladder"][0]
     for row, by_seed in rows.items():
@@ -342,7 +340,7 @@ def test_what_the_readme_says_of_the_ladder():
     assert round(2 * swap.mean) == round(2 * kd.mean) == 1 and "gains half a point" in text
     in_order = (interval_cell(at_half[k]) for k in (0, 2, 1))
     assert "At half of every rate: {}, {} and {}.".format(*in_order) in text
-    assert {len(half[row]) for pair in pages.CONTRASTS.values() for row in pair} == {5}
+    assert {row: len(by_seed) for row, by_seed in half.items()} == dict.fromkeys(runner.ASKED, 5)
     for row, by_seed in read_rows(LADDER.parent / "ladder-half-rate").items():
         assert {config["lr"] for config, _ in by_seed.values()} == {
             runner.RATES_18[runner.ROWS[row][0]] / 2}
@@ -406,7 +404,7 @@ def test_what_the_text_says_of_the_other_rows_of_the_ladder():
 
 
 def test_what_the_text_says_of_cifar100():
-    text = " ".join((ROOT / "results/README.md").read_text("utf-8").split())
+    text = text_of("results/README.md")
     rows = read_rows(ROOT / "results/cifar100/resnet8")
     weak = rows["kd"]
     other = read_rows(ROOT / "results/cifar100/kd-rate")["kd-lr0.2"]
@@ -426,7 +424,7 @@ def test_what_the_text_says_of_cifar100():
 
 
 def test_what_the_text_says_of_the_vits_ladder():
-    text = " ".join((ROOT / "results/README.md").read_text("utf-8").split())
+    text = text_of("results/README.md")
     rows = read_rows(ROOT / "results/glyphs/vit")
     made = pages.mistakes_of(ROOT / "results/glyphs/vit", "made")
     kd, weak, swaps = "sld-without-swaps", "kd", ("only-teacher-swap", "sld")
@@ -468,8 +466,7 @@ def test_what_the_text_says_of_the_published_row():
         config, epochs = read_run(ROOT / f"results/cifar100/published/{row}/seed0")
         assert config["epochs"] == len(epochs) == 240 and config["method"] == row
         ends[row] = epochs[-1]["test_top1"]
-    readme, page = (" ".join((ROOT / name).read_text("utf-8").split())
-                    for name in ("README.md", "results/README.md"))
+    readme, page = text_of("README.md"), text_of("results/README.md")
     assert (f"end at {ends['ce']:.2f} % for the student alone and {ends['kd']:.2f} % with KD; the "
             "field's table (RepDistiller, last epoch) has 69.06 and 70.66; one standard error is "
             f"{100 * (ends['ce'] / 100 * (1 - ends['ce'] / 100) / 10_000) ** 0.5:.2f}.") in readme
