@@ -117,12 +117,14 @@ GRID_18 = {"sld": (0.05, 0.1, 0.2, 0.4), "sld-without-swaps": (0.05, 0.1, 0.2, 0
            "kd-both": (0.2, 0.4, 0.8, 1.6), "ce": (0.2, 0.4, 0.8, 1.6), "kd": (0.1, 0.2, 0.4, 0.8),
            "mlkd": (0.05, 0.1, 0.2, 0.4), "dkd-both": (0.025, 0.05, 0.1, 0.2),
            "rld-both": (0.025, 0.05, 0.1, 0.2)}
-GRID_CIFAR = {"ce": (0.05, 0.1, 0.2, 0.4, 0.8), "kd": (0.05, 0.1, 0.2, 0.4),
-              "kd-both": (0.05, 0.1, 0.2, 0.4), "sld": (0.0125, 0.025, 0.05, 0.1, 0.2),
-              "sld-without-swaps": (0.0125, 0.025, 0.05, 0.1, 0.2)}
+GRID_CIFAR = {"ce": (0.05, 0.1, 0.2, 0.4, 0.8), "kd": (0.05, 0.1, 0.2, 0.4, 0.8),
+              "kd-both": (0.05, 0.1, 0.2, 0.4, 0.8),
+              "sld": (0.0125, 0.025, 0.05, 0.1, 0.2, 0.4),
+              "sld-without-swaps": (0.0125, 0.025, 0.05, 0.1, 0.2, 0.4)}
 # The ladder: {family: the best rate of its grid}.
 RATES_18 = {"sld": 0.2, "sld-without-swaps": 0.2, "kd": 0.2, "kd-both": 0.8, "ce": 0.8, "mlkd": 0.1,
             "dkd-both": 0.1, "rld-both": 0.05}
+RATES_CIFAR = {"ce": 0.1, "kd": 0.1, "kd-both": 0.1, "sld": 0.05, "sld-without-swaps": 0.05}
 # {row: the flag of its weight, the values tried, the best of them}. CE's default weight, 0.1, is
 # that of sld-without-swaps.
 WEIGHTS_18 = {"more-ce": ("--ce-weight", (0.3, 1, 3), 0.3),
@@ -155,8 +157,9 @@ def as_tuned(kind):
 CE_WEIGHT = 1
 MORE_CE = {"more-ce": f"--ce-weight {CE_WEIGHT}"}
 # In bfloat16, with which a processor that has it is 1.7 times as fast.
-CIFAR = "--amp --dataset cifar100 --data-dir data/cifar100 --student resnet8 --schedule cosine"
-CIFAR_15, CIFAR_20 = f"{CIFAR} --epochs 15 --warmup 1.5", f"{CIFAR} --epochs 20 --warmup 2"
+CIFAR = ("--amp --dataset cifar100 --data-dir data/cifar100 --student resnet8 --schedule cosine "
+         "--epochs 20 --warmup 2")
+CE_WEIGHT_CIFAR = 0.3
 CIFAR_TEACHER = "--teacher resnet20 --teacher-checkpoint data/cifar100_resnet20.pth"
 PUBLISHED_TEACHER = "--teacher resnet56 --teacher-checkpoint data/cifar100_resnet56.pth"
 PUBLISHED = {"ce": "--method ce", "kd": "--method kd", "sld": "--method sld",
@@ -198,11 +201,8 @@ GROUPS = {
     "glyphs/vit-teacher": (rows_of(("student-alone", "kd", "sld"), as_tuned("sgd"),
                                    f"--teacher vit_nano {taught_by('glyphs-vit')}"), range(3)),
     # The data and the public teachers have to be there: results/README.md says where.
-    "cifar100/resnet8": (rows_of((*VIT_ROWS, "dkd", "rld"), as_tuned("sgd"), CIFAR_TEACHER,
-                                 CIFAR_15, MORE_CE), range(3)),
-    # At the learning rate that KD had before 0.4 was chosen, on glyphs.
-    "cifar100/kd-rate": ({"kd-lr0.2": f"--method kd --lr 0.2 {CIFAR_TEACHER} {CIFAR_15}"},
-                         range(3)),
+    "cifar100/ladder": (rows_of(pages.SUMMARY, RATES_CIFAR, CIFAR_TEACHER, CIFAR,
+                                {"more-ce": f"--ce-weight {CE_WEIGHT_CIFAR:g}"}), range(5)),
     # The published recipe as it stands, 240 epochs, in bfloat16.
     "cifar100/published": (
         {row: "--amp --dataset cifar100 --data-dir data/cifar100 --student resnet20 "
@@ -226,7 +226,11 @@ GROUPS = {
     "tuning/ladder": (grid(GRID_18, taught_by("resnet14-val"), "--epochs 18"), range(1)),
     "tuning/ladder-weights": (TUNING_WEIGHTS, range(1)),
     "tuning/vit": (grid(GRID_VIT, taught_by("glyphs-val"), "--student vit_nano"), range(2)),
-    "tuning/cifar100": (grid(GRID_CIFAR, CIFAR_TEACHER, CIFAR_20), range(1)),
+    "tuning/cifar100": (grid(GRID_CIFAR, CIFAR_TEACHER, CIFAR), range(1)),
+    "tuning/cifar100-weights": (
+        {f"more-ce-ce-weight{weight:g}": f"{SIX} --ce-weight {weight:g} {CIFAR} {CIFAR_TEACHER} "
+         f"--lr {RATES_CIFAR['sld-without-swaps']:g} --evaluate val"
+         for weight in (0.3, 1, 3, 10)}, range(1)),
     "tuning/photographs-teacher": (PHOTO_TEACHERS, range(1)),
     "tuning/photographs": (PHOTO_TUNING, range(1)),
     "checks/stability": (
