@@ -149,15 +149,15 @@ def narrow(table):
 
 def summary_table(folder):
     """Markdown: the teacher and the rows of SUMMARY in words, of the ladder below `folder` and of
-    CIFAR-100."""
-    on_cifar = ROOT / "results/cifar100/resnet8"
-    top1, cifar = top1_of(folder), read_rows(on_cifar)
+    CIFAR-100's, by final.json."""
+    on_cifar = ROOT / "results/cifar100/ladder"
+    top1, cifar = top1_of(folder), top1_of(on_cifar)
     teachers = [final_of(group, lambda report: report["teacher_top1"])["sld"][0]
                 for group in (folder, on_cifar)]
     configs = {row: next(iter(by_seed.values()))[0] for row, by_seed in read_rows(folder).items()}
     shares = [mistakes_of(folder, key) for key in ("made", "avoided")]
     lines = [[ROWS[row], f"{cost_of_step(configs[row]):.1f}", mean_and_sd(top1[row]),
-              mean_and_sd(last_top1(cifar[row])) if row in cifar else "",
+              mean_and_sd(cifar[row]),
               "/".join(f"{np.mean([*share[row].values()]):.0f}" for share in shares)]
              for row in SUMMARY]
     return narrow(markdown(
@@ -245,7 +245,9 @@ def draw_gains(found):
     figure = Figure(figsize=(7, 4), dpi=120, layout="constrained")
     ax = figure.subplots()
     for k, (row, colour) in enumerate(GAINS.items()):
-        here = [(wrong + 0.4 * (k - 2), gains[row]) for _, _, wrong, gains in found if row in gains]
+        # Side by side, for their intervals to be seen.
+        beside = 0.4 * (k - (len(GAINS) - 1) / 2)
+        here = [(wrong + beside, gains[row]) for _, _, wrong, gains in found if row in gains]
         ax.plot([x for x, _ in here], [gain.mean for _, gain in here], "o-", color=colour,
                 label=ROWS[row])
         for x, gain in here:

@@ -154,6 +154,11 @@ def as_tuned(kind):
 # With a weight of CE that was chosen for nine epochs: results/tuning/ce-weight.
 CE_WEIGHT = 1
 MORE_CE = {"more-ce": f"--ce-weight {CE_WEIGHT}"}
+# A step of SLD costs 3.4 times one of the student alone, one of KD on one view 1.7 times: as many
+# epochs as cost what 18 of SLD do, and their rates.
+EQUAL_COST = {"student-alone": 62, "kd": 36}
+RATES_EQUAL = {"ce": 0.4, "kd": 0.2}
+GRID_EQUAL = {"ce": (0.1, 0.2, 0.4, 0.8), "kd": (0.05, 0.1, 0.2, 0.4)}
 # In bfloat16, with which a processor that has it is 1.7 times as fast.
 CIFAR = ("--amp --dataset cifar100 --data-dir data/cifar100 --student resnet8 --schedule cosine "
          "--epochs 20 --warmup 2")
@@ -183,6 +188,9 @@ PHOTO_TUNING = {
 # {group: ({row: flags of train.py}, seeds)}
 GROUPS = {
     "glyphs/ladder": (eighteen("resnet14", ROWS), range(5)),
+    "glyphs/equal-cost": (
+        {row: flags for name, n in EQUAL_COST.items() for row, flags in
+         rows_of([name], RATES_EQUAL, taught_by("resnet14"), f"--epochs {n}").items()}, range(5)),
     # Each rate was chosen with one seed, so: does its neighbour give the same answers? And do the
     # nine epochs of train.py's default?
     "glyphs/ladder-half-rate": (
@@ -223,6 +231,10 @@ GROUPS = {
          f"{taught_by('glyphs-val')} --evaluate val" for weight in (0.1, 0.3, 1, 3, 10)}, range(2)),
     "tuning/ladder": (grid(GRID_18, taught_by("resnet14-val"), "--epochs 18"), range(1)),
     "tuning/ladder-weights": (TUNING_WEIGHTS, range(1)),
+    "tuning/equal-cost": (
+        {row: flags for name, n in EQUAL_COST.items() for family in [ROWS[name][0]] for row, flags
+         in grid({family: GRID_EQUAL[family]}, taught_by("resnet14-val"), f"--epochs {n}").items()},
+        range(1)),
     "tuning/vit": (grid(GRID_VIT, taught_by("glyphs-val"), "--student vit_nano"), range(2)),
     "tuning/cifar100": (grid(GRID_CIFAR, CIFAR_TEACHER, CIFAR), range(1)),
     "tuning/cifar100-weights": (

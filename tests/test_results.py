@@ -31,6 +31,7 @@ from support.tables import (
 
 ROOT = Path(__file__).parent.parent
 LADDER = ROOT / "results/glyphs/ladder"
+CIFAR = ROOT / "results/cifar100/ladder"
 
 
 def text_of(page):
@@ -80,30 +81,34 @@ def test_the_weight_of_ce_for_nine_epochs_is_the_best_of_its_grid_and_inside_it(
     assert min(means) < runner.CE_WEIGHT < max(means)
 
 
-def test_the_ladders_rates_and_weights_are_the_best_of_their_grids_and_inside_them():
-    """On validation images, at 18 epochs."""
+def test_rates_and_weights_are_the_best_of_their_grids_and_inside_them():
+    """Those of both ladders, on validation images."""
     def top1_by(name, group, family):
         rows = read_rows(ROOT / "results/tuning" / group)
         return {config[name]: epochs[-1]["val_top1"] for row in rows if row.startswith(family)
                 for config, epochs in [rows[row][0]]}
-    for family, rate in runner.RATES_18.items():
-        top1 = top1_by("lr", "ladder", f"{family}-lr")
-        assert rate == max(top1, key=top1.get) and min(top1) < rate < max(top1), (family, top1)
+
+    def check(best, top1):
+        assert best == max(top1, key=top1.get) and min(top1) < best < max(top1), top1
+    for group, rates in (("ladder", runner.RATES_18), ("cifar100", runner.RATES_CIFAR)):
+        for family, rate in rates.items():
+            check(rate, top1_by("lr", group, f"{family}-lr"))
     for row, (flag, _, weight) in runner.WEIGHTS_18.items():
         top1 = top1_by(flag[2:].replace("-", "_"), "ladder-weights", f"{row}{flag[1:]}")
         if row == "more-ce":
             top1 |= {0.1: top1_by("lr", "ladder", "sld-without-swaps-lr")[0.2]}
             assert max(top1.values()) - min(top1.values()) <= 0.5
-        # Those of other rows are not run yet.
-        assert not top1 or (weight == max(top1, key=top1.get)
-                            and min(top1) < weight < max(top1)), (row, top1)
+        check(weight, top1)
+    top1 = {0.1: top1_by("lr", "cifar100", "sld-without-swaps-lr")[0.1]}
+    check(runner.CE_WEIGHT_CIFAR, top1 | top1_by("ce_weight", "cifar100-weights", "more-ce"))
     page = text_of("results/tuning/README.md")
     top1 = top1_by("lr", "ladder", "sld-without-swaps-lr")
     assert top1[0.2] - top1[0.1] == 100 * 5 / 1600 and "by five images" in page
     assert "From 0.1 to 3 all lie within half a point" in page
-    both, six = (max(top1_by("lr", "ladder", f"{name}-lr").values())
-                 for name in ("kd-both", "sld-without-swaps"))
-    assert both > six
+    (both, six), on_cifar = ([max(top1_by("lr", group, f"{name}-lr").values())
+                              for name in ("kd-both", "sld-without-swaps")]
+                             for group in ("ladder", "cifar100"))
+    assert both > six and on_cifar[0] < on_cifar[1]
     assert pages.CONTRASTS["Does SLD beat KD on both views?"] == ("sld", "kd-both")
     _, epochs = read_run(ROOT / "results/teachers/resnet14-val/seed1000")
     assert f"(`results/teachers/resnet14-val`, {epochs[-1]['val_top1']:.2f} %)" in page
@@ -275,7 +280,7 @@ def test_the_tables_of_the_ladder_are_made_of_the_fresh_images(tmp_path, write_r
 
 
 def test_the_summary(tmp_path, write_run, monkeypatch):
-    """Two views, or a teacher, make a step dearer; a row that CIFAR-100 lacks has an empty cell."""
+    """Two views, or a teacher, make a step dearer."""
     monkeypatch.setattr(pages, "ROOT", tmp_path)
     for k, row in enumerate(pages.SUMMARY):
         for seed in range(2):
@@ -284,14 +289,12 @@ def test_the_summary(tmp_path, write_run, monkeypatch):
             write_json(run / "final.json", dict(top1=80 + k + seed, teacher_errors=10,
                                                 teacher_errors_made=4, teacher_errors_avoided=3,
                                                 teacher_top1=84))
-            if row != "kd-both":
-                run = write_run(tmp_path / f"results/cifar100/resnet8/{row}/seed{seed}", [50 + k],
-                                seed=seed)
-                write_json(run / "final.json", dict(teacher_top1=68.8))
+            run = write_run(tmp_path / f"results/cifar100/ladder/{row}/seed{seed}", [1], seed=seed)
+            write_json(run / "final.json", dict(top1=50 + k, teacher_top1=68.8))
     teacher, *lines = pages.summary_table(tmp_path / "ladder").splitlines()[2:]
     assert teacher == "|teacher||84.00|68.80||"
     assert lines[0] == "|student alone|1.0|80.50±0.71|50.00±0.00|40/30|"
-    assert lines[2] == "|KD, both views, T = 4|3.4|82.50±0.71||40/30|"
+    assert lines[2] == "|KD, both views, T = 4|3.4|82.50±0.71|52.00±0.00|40/30|"
     assert [line.split("|")[2] for line in lines] == ["1.0", "1.7", *5 * ["3.4"]]
 
 
@@ -346,23 +349,25 @@ def test_what_the_readme_says_of_the_ladder():
             runner.RATES_18[runner.ROWS[row][0]] / 2}
     # What is not shown there, or elsewhere.
     assert difference(whole["kd"], whole["student-alone"]).low < 0
-    ladders = [read_rows(ROOT / "results" / group) for group in ("glyphs/vit", "cifar100/resnet8")]
-    found = [top1_difference(rows["only-teacher-swap"], rows["sld-without-swaps"])
-             for rows in ladders]
+    vit, cifar = read_rows(ROOT / "results/glyphs/vit"), pages.top1_of(CIFAR)
+    found = [top1_difference(vit["only-teacher-swap"], vit["sld-without-swaps"]),
+             difference(cifar["only-teacher-swap"], cifar["sld-without-swaps"])]
     at_half = mean_and_sd(half["student-alone"]).replace(" ", "")
     assert f"to beat the student alone at half of its rate, {at_half};" in text
     alone = [difference(half[row], half["student-alone"]) for row in ("kd-both", "sld")]
     page = text_of("results/README.md")
     assert ("is not shown to beat it: {}. SLD does: {}.".format(*map(interval_cell, alone))) in page
     assert alone[0].low < 0 < alone[1].low
-    assert "the teacher swap brings {}, on CIFAR-100 {}: nothing is shown.".format(
+    assert "The teacher swap brings a ViT as the student {}, on CIFAR-100 {}: nothing".format(
         *map(interval_cell, found)) in text
-    for rows in ladders:
-        for row in ("sld", "only-teacher-swap"):
-            assert top1_difference(rows[row], rows["sld-without-swaps"]).low < 0
-    assert {len(row) for row in ladders[0].values()} == {5}
-    assert {len(row) for row in ladders[1].values()} == {3}
-    assert {config["epochs"] for row in ladders[1].values() for config, _ in row.values()} == {15}
+    assert max(interval.low for interval in found) < 0 < min(interval.high for interval in found)
+    assert {len(row) for row in vit.values()} == {5}
+    assert {len(row) for row in cifar.values()} == {3}
+    assert {config["epochs"] for row in read_rows(CIFAR).values() for config, _ in row.values()
+            } == {20} and "for 20 epochs, three seeds" in text
+    assert ("There SLD beats KD at T = 4 by {}, and without its swaps, by six temperatures alone, "
+            "by {}.".format(*(interval_cell(difference(cifar[row], cifar["kd-both"]))
+          for row in ("sld", "sld-without-swaps")))) in text
 
 
 def test_what_the_pages_say_of_the_teachers_errors():
@@ -404,23 +409,27 @@ def test_what_the_text_says_of_the_other_rows_of_the_ladder():
 
 
 def test_what_the_text_says_of_cifar100():
-    text = text_of("results/README.md")
-    rows = read_rows(ROOT / "results/cifar100/resnet8")
-    weak = rows["kd"]
-    other = read_rows(ROOT / "results/cifar100/kd-rate")["kd-lr0.2"]
-    six, sld = ([top1_difference(rows[row], kd)[0] for kd in (weak, other)]
-                for row in ("sld-without-swaps", "sld"))
-    assert f"bring KD {six[0]:.1f} points over one view at KD's." in text
-    assert f"with 0.2 it has {top1_difference(other, weak)[0]:.1f} points more" in text
-    assert "by {:.1f} points, or {:.1f} at the better".format(*sld) in text
-    assert "without its swaps, by {:.1f} or {:.1f}.".format(*six) in text
-    means = [interval([*last_top1(rows[row]).values()])[0]
-             for row in ("only-teacher-swap", "sld", "more-ce")]
-    assert max(means) - min(means) < 0.2 and "within 0.2 points of one another" in text
-    # The same images, of which the teacher misreads the same weak views.
-    for seed, (_, epochs) in weak.items():
-        assert [epoch["swap_teacher_weak"] for epoch in epochs] == [
-            epoch["swap_teacher_weak"] for epoch in other[seed][1]]
+    text, top1 = text_of("results/README.md"), pages.top1_of(CIFAR)
+
+    def minus(a, b):
+        return interval_cell(difference(top1[a], top1[b]))
+    swap = difference(top1["only-teacher-swap"], top1["sld-without-swaps"])
+    seen = pages.could_be_seen(swap, 3)
+    for said in (
+            f"the teacher swap brings {interval_cell(swap)}, and against a larger weight of CE "
+            f"{minus('only-teacher-swap', 'more-ce')}.",
+            f"three seeds would show {seen:.1f} points four times in five",
+            f"at T = 4 by {minus('sld', 'kd-both')}, but that",
+            f"without its swaps it does so by {minus('sld-without-swaps', 'kd-both')}.",
+            f"SLD minus it is {minus('sld', 'sld-without-swaps')}."):
+        assert said in text, said
+    assert swap.low < 0 < 0.5 < swap.high
+    # The teacher's errors on the images that it was trained on.
+    wrong = [[np.mean([epoch[f"swap_teacher_{view}"] for _, epochs in
+                       read_rows(CIFAR)["sld"].values() for epoch in epochs])]
+             for view in ("weak", "strong")]
+    assert ("misreads {:.1f} % of the weak views of the training images, and {:.1f} % of the strong"
+            .format(*sum(wrong, []))) in text
 
 
 def test_what_the_text_says_of_the_vits_ladder():
@@ -467,7 +476,7 @@ def test_what_the_text_says_of_the_published_row():
         assert config["epochs"] == len(epochs) == 240 and config["method"] == row
         ends[row] = epochs[-1]["test_top1"]
     readme, page = text_of("README.md"), text_of("results/README.md")
-    assert (f"end at {ends['ce']:.2f} % for the student alone and {ends['kd']:.2f} % with KD; the "
-            "field's table (RepDistiller, last epoch) has 69.06 and 70.66; one standard error is "
+    assert (f"{ends['ce']:.2f} % for the student alone, {ends['kd']:.2f} % with KD; "
+            "RepDistiller's table has 69.06 and 70.66; one standard error is "
             f"{100 * (ends['ce'] / 100 * (1 - ends['ce'] / 100) / 10_000) ** 0.5:.2f}.") in readme
     assert f"The student alone ends at {ends['ce']:.2f} %, KD at {ends['kd']:.2f} %." in page
