@@ -80,7 +80,7 @@ class Settings:
 # replace these where the teacher itself is trained; its own optimiser chooses the row. mlkd has
 # sld's values, untuned, since it too sums several temperatures on two views.
 RECIPES = {
-    # The other rates for glyphs are the best of grids on its validation part: results/README.md.
+    # The other rates for glyphs are the best of grids on its validation part: results/tuning.
     ("glyphs", "sgd"): dict(
         teacher="resnet14", student="resnet8", epochs=9, batch_size=64, weight_decay=5e-4,
         lr=dict(ce=0.4, kd=0.4, sld=0.1, dkd=0.05, rld=0.1, mlkd=0.1), schedule="cosine", warmup=24,

@@ -35,8 +35,8 @@ from support.runs import write_json  # noqa: E402
 from support.tables import is_finished, read_run  # noqa: E402
 from train import RECIPES  # noqa: E402
 
-# Real photographs and real ImageNet weights, which both have to be there: results/README.md says
-# where they come from.
+# Real photographs and real ImageNet weights, which both have to be there:
+# results/photographs/README.md says where they come from.
 TRASHNET = "--dataset folder --data-dir data/trashnet --image-size 112"
 # The teacher of the default experiment.
 ALONE = "--method ce --student resnet14 --epochs 12 --lr 0.2"
@@ -127,7 +127,7 @@ RATES_CIFAR = {"ce": 0.2, "kd": 0.2, "kd-both": 0.2, "sld": 0.1, "sld-without-sw
 # that of sld-without-swaps.
 WEIGHTS_18 = {"more-ce": ("--ce-weight", (0.3, 1, 3), 0.3),
               "add-wrong": ("--omega", (0.5, 1, 2), 1),
-              "dkd": ("--beta", (1, 2, 4, 8), 2), "rld": ("--beta", (1, 2, 4, 8), 2)}
+              "dkd": ("--beta", (1, 2, 4, 8), 2), "rld": ("--beta", (0.5, 1, 2, 4, 8), 1)}
 
 
 def eighteen(teacher, rows, more="", weights=None, rates=RATES_18):

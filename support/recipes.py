@@ -22,7 +22,7 @@ def is_fine_tuned(dataset, network, pretrained):
 
 def optimizer_of(dataset, network, pretrained):
     """AdamW for transformers, and for whatever is fine-tuned: on photographs of rubbish it did
-    better than SGD with mobilenet_v2, and as well with squeezenet1_0 (results/README.md)."""
+    better than SGD with mobilenet_v2, and as well with squeezenet1_0 (results/photographs)."""
     tuned = is_fine_tuned(dataset, network, pretrained)
     return "adamw" if tuned or network.startswith(TRANSFORMERS) else "sgd"
 
