@@ -358,16 +358,16 @@ def test_what_the_readme_says_of_the_ladder():
     page = text_of("results/README.md")
     assert ("is not shown to beat it: {}. SLD does: {}.".format(*map(interval_cell, alone))) in page
     assert alone[0].low < 0 < alone[1].low
-    assert "The teacher swap brings a ViT as the student {}, on CIFAR-100 {}: nothing".format(
+    assert "The teacher swap brings a ViT student {}, on CIFAR-100 {}: nothing".format(
         *map(interval_cell, found)) in text
     assert max(interval.low for interval in found) < 0 < min(interval.high for interval in found)
     assert {len(row) for row in vit.values()} == {5}
     assert {len(row) for row in cifar.values()} == {3}
     assert {config["epochs"] for row in read_rows(CIFAR).values() for config, _ in row.values()
             } == {20} and "for 20 epochs, three seeds" in text
-    assert ("There SLD beats KD at T = 4 by {}, and without its swaps by as much, {}.".format(
-        *(interval_cell(difference(cifar[row], cifar["kd-both"]))
-          for row in ("sld", "sld-without-swaps")))) in text
+    assert "There SLD beats KD at T = 4 by {}, but itself without swaps by {}.".format(
+        *(interval_cell(difference(cifar["sld"], cifar[row]))
+          for row in ("kd-both", "sld-without-swaps"))) in text
 
 
 def test_what_the_pages_say_of_the_teachers_errors():
@@ -410,20 +410,35 @@ def test_what_the_text_says_of_the_other_rows_of_the_ladder():
 
 def test_what_the_text_says_of_cifar100():
     text, top1 = text_of("results/README.md"), pages.top1_of(CIFAR)
+    nll = pages.final_of(CIFAR, lambda report: report["nll"])
 
     def minus(a, b):
         return interval_cell(difference(top1[a], top1[b]))
     swap = difference(top1["only-teacher-swap"], top1["sld-without-swaps"])
     seen = pages.could_be_seen(swap, 3)
     for said in (
-            f"the teacher swap brings {interval_cell(swap)}, and against a larger weight of CE "
-            f"{minus('only-teacher-swap', 'more-ce')}.",
+            f"the teacher swap brings {interval_cell(swap)}, against a larger weight of CE "
+            f"{minus('only-teacher-swap', 'more-ce')},",
             f"three seeds would show {seen:.1f} points four times in five",
-            f"at T = 4 by {minus('sld', 'kd-both')}, but not for its swaps",
-            f"without them it does so by {minus('sld-without-swaps', 'kd-both')}.",
-            f"SLD minus it is {minus('sld', 'sld-without-swaps')}."):
+            f"at T = 4 by {minus('sld', 'kd-both')}, and",
+            f"without its swaps it does so by {minus('sld-without-swaps', 'kd-both')};",
+            f"SLD minus SLD without its swaps is {minus('sld', 'sld-without-swaps')}.",
+            "by {:.3f} ({:.3f} to {:.3f})".format(*difference(nll["sld-without-swaps"],
+                                                              nll["sld"])[:3])):
         assert said in text, said
-    assert swap.low < 0 < 0.5 < swap.high
+    assert swap.low < -0.5 < 0.5 < swap.high
+    # On validation images, which the teacher knows, and on test images.
+    val, test = read_rows(ROOT / "results/tuning/cifar100"), read_rows(CIFAR)
+    more = {}
+    for row, family in (("student-alone", "ce"), ("kd", "kd"), ("kd-both", "kd-both"),
+                        ("sld", "sld"), ("sld-without-swaps", "sld-without-swaps")):
+        known = val[f"{family}-lr{runner.RATES_CIFAR[family]:g}"][0][1][-1]["val_top1"]
+        more[row] = known - test[row][0][1][-1]["test_top1"]
+    alone = more.pop("student-alone")
+    low, high = min(more.values()), max(more.values())
+    assert (f"do {low:.1f} to {high:.1f} points better here than on the test images at seed 0, "
+            f"while the student alone does {-alone:.1f} worse"
+            ) in text_of("results/tuning/README.md")
     # The teacher's errors on the images that it was trained on.
     wrong = [[np.mean([epoch[f"swap_teacher_{view}"] for _, epochs in
                        read_rows(CIFAR)["sld"].values() for epoch in epochs])]
@@ -476,7 +491,7 @@ def test_what_the_text_says_of_the_published_row():
         assert config["epochs"] == len(epochs) == 240 and config["method"] == row
         ends[row] = epochs[-1]["test_top1"]
     readme, page = text_of("README.md"), text_of("results/README.md")
-    assert (f"{ends['ce']:.2f} % for the student alone, {ends['kd']:.2f} % with KD; "
+    assert (f"student alone {ends['ce']:.2f} %, KD {ends['kd']:.2f} %; "
             "RepDistiller's table has 69.06 and 70.66; one standard error is "
             f"{100 * (ends['ce'] / 100 * (1 - ends['ce'] / 100) / 10_000) ** 0.5:.2f}.") in readme
     assert f"The student alone ends at {ends['ce']:.2f} %, KD at {ends['kd']:.2f} %." in page
