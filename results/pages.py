@@ -38,8 +38,8 @@ ROWS = {
     "student-alone": "student alone", "student-alone-both": "student alone, both views",
     "kd": "KD, weak view", "kd-both": "KD, both views, T = 4",
     "sld-without-swaps": "SLD without its swaps", "more-ce": "… with more CE instead",
-    # The weight that was best for nine epochs, and is nearer to what a bad teacher calls for.
-    "more-ce-1": "… with a CE weight of 1",
+    # Validation images did not tell these apart from 0.3, which more-ce has.
+    "more-ce-1": "… with a CE weight of 1", "more-ce-3": "… with a CE weight of 3",
     "mask": "… without KL where the teacher errs", "add-wrong": "… with GA where it errs",
     "sort": "… with the label sorted to the first rank",
     # Not "teacher-swap": --table leaves folders called teacher-… out, as those of teachers.

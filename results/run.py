@@ -77,6 +77,7 @@ ROWS = {
     "kd": ("kd", "--method kd"), "kd-both": ("kd-both", "--method kd --views both"),
     "sld-without-swaps": ("sld-without-swaps", SIX), "more-ce": ("sld-without-swaps", SIX),
     "more-ce-1": ("sld-without-swaps", f"{SIX} --ce-weight 1"),
+    "more-ce-3": ("sld-without-swaps", f"{SIX} --ce-weight 3"),
     "only-teacher-swap": ("sld", TEACHER_SWAP),
     "mask": ("sld", f"{TEACHER_SWAP} --teacher-fix mask"),
     "add-wrong": ("sld", f"{TEACHER_SWAP} --teacher-fix add-wrong"),
