@@ -52,7 +52,7 @@ def test_the_two_commands_stand_in_the_readme_and_the_gate():
     assert "pip install -r requirements.txt && python -m pytest" in README
     assert "python -m pytest" in (ROOT / ".ci/run").read_text()
     # Threads that compete for two cores are four times as slow.
-    assert "want `OMP_NUM_THREADS=1` each on two cores" in " ".join(README.split())
+    assert "want `OMP_NUM_THREADS=1`" in " ".join(README.split())
 
 
 def constant_teacher(name, classes, path):
@@ -118,7 +118,7 @@ def test_every_command_runs(easy_glyphs, colors, color_teacher, command, tmp_pat
 
 
 def test_what_the_text_says_of_glyphs():
-    assert (f"characters of {len(glyphs.CLASSES)} classes, rendered at {glyphs.SIDE} pixels"
+    assert (f"{len(glyphs.CLASSES)} classes of characters at {glyphs.SIDE} pixels"
             in " ".join(README.split()))
 
 

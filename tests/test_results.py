@@ -336,17 +336,26 @@ def test_the_ladder_is_the_experiment_that_the_pages_describe():
 
 def test_what_the_readme_says_of_the_ladder():
     text = text_of("README.md")
-    whole, half = (pages.top1_of(folder) for folder in (LADDER, LADDER.parent / "ladder-half-rate"))
-    (swap, kd, ce), at_half = ([difference(top1[a], top1[b]) for a, b in pages.CONTRASTS.values()]
-                               for top1 in (whole, half))
+    whole, half, nine = (pages.top1_of(LADDER.parent / name)
+                         for name in ("ladder", "ladder-half-rate", "ladder-9-epochs"))
+    (swap, kd, ce), at_half, at_nine = (
+        [difference(top1[a], top1[b]) for a, b in pages.CONTRASTS.values()]
+        for top1 in (whole, half, nine))
     assert "the teacher swap adds " + interval_cell(swap).replace(" ", " points ", 1) in text
-    assert f"beats a larger weight of CE by {interval_cell(ce)};" in text
-    assert f"both views at T = 4 by {interval_cell(kd)}." in text
-    assert min(found.low for found in (swap, ce, kd)) > 0
+    assert f"SLD beats KD on both views at T = 4 by {interval_cell(kd)};" in text
+    weight, one = runner.WEIGHTS_18["more-ce"][-1], difference(whole["only-teacher-swap"],
+                                                               whole["more-ce-1"])
+    assert (f"beats a CE weight of {weight:g} by {interval_cell(ce)}, but is not shown to beat 1: "
+            f"{interval_cell(one)}.") in text
+    assert one.low < 0 < min(found.low for found in (swap, ce, kd))
     assert round(2 * swap.mean) == round(2 * kd.mean) == 1 and "gains half a point" in text
-    in_order = (interval_cell(at_half[k]) for k in (0, 2, 1))
-    assert "At half of every rate: {}, {} and {}.".format(*in_order) in text
-    assert {row: len(by_seed) for row, by_seed in half.items()} == dict.fromkeys(runner.ASKED, 5)
+    means = [f"{found.mean:+.2f}" for found in (*at_half, *at_nine)]
+    assert ("At half of every rate: {}, {} and {}; after nine epochs, the default, nothing is "
+            "shown: {}, {} and {}.".format(*means)) in text
+    assert min(found.low for found in at_half) > 0
+    assert all(found.low < 0 < found.high for found in at_nine)
+    for top1 in (half, nine):
+        assert {row: len(seeds) for row, seeds in top1.items()} == dict.fromkeys(runner.ASKED, 5)
     for row, by_seed in read_rows(LADDER.parent / "ladder-half-rate").items():
         assert {config["lr"] for config, _ in by_seed.values()} == {
             runner.RATES_18[runner.ROWS[row][0]] / 2}
@@ -393,6 +402,9 @@ def test_what_the_text_says_of_the_other_rows_of_the_ladder():
     for said in (
             "to beat the student alone: " + minus("kd", "student-alone") + ".",
             f"the swap is {minus('only-teacher-swap', 'mask')} above it.",
+            f"did not tell from it: {minus('only-teacher-swap', 'more-ce-1')}.",
+            f"as much as the swap: {minus('sort', 'only-teacher-swap')} more.",
+            f"from epoch 1 SLD is {minus('sld-from-epoch-1', 'sld')} below itself.",
             f"The student swap alone brings {minus('student-swap', 'sld-without-swaps')}, and SLD "
             f"is {minus('sld', 'only-teacher-swap')} above the teacher swap alone.",
             "mistakes than without swaps, " + minus("sld", "sld-without-swaps", made, 1).replace(
@@ -406,7 +418,7 @@ def test_what_the_text_says_of_the_other_rows_of_the_ladder():
     assert [f"the teacher reads {value:.2f} % of them" in text for value in teacher] == [True]
     cost = pages.cost_of_step(read_rows(LADDER)["sld"][0][0])
     assert f"A step of SLD costs {cost:.1f} times one of the student alone." in text
-    assert f"CE weight of {runner.WEIGHTS_18['more-ce'][-1]:g} (0.1 to 3 did not differ" in text
+    assert f"CE weight of {runner.WEIGHTS_18['more-ce'][-1]:g} that one seed" in text
     _, epochs = read_run(LADDER / "sld/seed0")
     assert f"(seed 0, 18 epochs, {epochs[-1]['test_top1']:.2f} % of the test part)" in text
 
@@ -495,6 +507,7 @@ def test_what_the_text_says_of_the_published_row():
         ends[row] = epochs[-1]["test_top1"]
     readme, page = text_of("README.md"), text_of("results/README.md")
     assert (f"student alone {ends['ce']:.2f} %, KD {ends['kd']:.2f} %; "
-            "RepDistiller's table has 69.06 and 70.66; one standard error is "
-            f"{100 * (ends['ce'] / 100 * (1 - ends['ce'] / 100) / 10_000) ** 0.5:.2f}.") in readme
+            "RepDistiller's table has 69.06 and 70.66.") in readme
+    error = 100 * (ends["ce"] / 100 * (1 - ends["ce"] / 100) / 10_000) ** 0.5
+    assert f"one standard error of an accuracy is {error:.2f} points." in page
     assert f"The student alone ends at {ends['ce']:.2f} %, KD at {ends['kd']:.2f} %." in page
