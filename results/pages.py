@@ -64,8 +64,8 @@ OTHER_EPOCHS = 2, 3, 36
 TEACHERS = {"12 epochs": "results/glyphs/ladder"} | {
     f"{n} epochs": f"results/glyphs/teachers-by-error/{n}-epochs" for n in OTHER_EPOCHS}
 # What is compared with no correction, for each of them, and its colour in the figure.
-GAINS = {"only-teacher-swap": BLUE, "sld": "tab:orange", "mask": "tab:green", "more-ce": "tab:red",
-         "more-ce-1": "tab:pink", "student-alone": "grey"}
+GAINS = {"only-teacher-swap": BLUE, "sld": "tab:orange", "mask": "tab:green",
+         "more-ce-1": "tab:pink", "more-ce-3": "tab:red", "student-alone": "grey"}
 
 
 # --- Reading the files of a run -------------------------------------------------------------------

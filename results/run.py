@@ -89,7 +89,7 @@ ROWS = {
     "dkd": ("dkd-both", "--method dkd --views both"),
     "rld": ("rld-both", "--method rld --views both"), "mlkd": ("mlkd", "--method mlkd")}
 # Those that are run with other teachers.
-BY_ERROR = ("sld-without-swaps", "more-ce", "more-ce-1", "mask", "only-teacher-swap", "sld")
+BY_ERROR = ("sld-without-swaps", "more-ce-1", "more-ce-3", "mask", "only-teacher-swap", "sld")
 # Those of the ladder's questions, and what all are to beat.
 ASKED = {"student-alone", *(row for pair in pages.CONTRASTS.values() for row in pair)}
 VIT_ROWS = ("student-alone", "kd", "sld-without-swaps", "more-ce", "only-teacher-swap", "sld")
