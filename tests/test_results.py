@@ -402,9 +402,12 @@ def test_what_the_text_says_of_the_other_rows_of_the_ladder():
     for said in (
             "to beat the student alone: " + minus("kd", "student-alone") + ".",
             f"the swap is {minus('only-teacher-swap', 'mask')} above it.",
-            f"did not tell from it: {minus('only-teacher-swap', 'more-ce-1')}.",
+            f"did not tell from it: {minus('only-teacher-swap', 'more-ce-1')} and "
+            f"{minus('only-teacher-swap', 'more-ce-3')}.",
             f"as much as the swap: {minus('sort', 'only-teacher-swap')} more.",
-            f"from epoch 1 SLD is {minus('sld-from-epoch-1', 'sld')} below itself.",
+            f"from epoch 1 SLD is at {minus('sld-from-epoch-1', 'sld')} of itself, standardized, "
+            f"at the same rate, at {minus('sld-standardized', 'sld')}.",
+            f"swap alone, {minus('dkd', 'only-teacher-swap')}; SLD is {minus('sld', 'dkd')} above",
             f"The student swap alone brings {minus('student-swap', 'sld-without-swaps')}, and SLD "
             f"is {minus('sld', 'only-teacher-swap')} above the teacher swap alone.",
             "mistakes than without swaps, " + minus("sld", "sld-without-swaps", made, 1).replace(
