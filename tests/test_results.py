@@ -401,7 +401,8 @@ def test_what_the_text_says_of_the_other_rows_of_the_ladder():
         return interval_cell(difference(of[a], of[b]), decimals)
     for said in (
             "to beat the student alone: " + minus("kd", "student-alone") + ".",
-            f"the swap is {minus('only-teacher-swap', 'mask')} above it.",
+            f"The swap is {minus('only-teacher-swap', 'mask')} above leaving the KL out",
+            f"(mask), {minus('only-teacher-swap', 'add-wrong')} above GA there.",
             f"did not tell from it: {minus('only-teacher-swap', 'more-ce-1')} and "
             f"{minus('only-teacher-swap', 'more-ce-3')}.",
             f"as much as the swap: {minus('sort', 'only-teacher-swap')} more.",
