@@ -471,7 +471,7 @@ def test_what_the_text_says_of_cifar100():
 
 
 def test_what_the_text_says_of_the_vits_ladder():
-    text = text_of("results/README.md")
+    text = text_of("results/glyphs/vit/README.md")
     rows = read_rows(ROOT / "results/glyphs/vit")
     made = pages.mistakes_of(ROOT / "results/glyphs/vit", "made")
     kd, weak, swaps = "sld-without-swaps", "kd", ("only-teacher-swap", "sld")
