@@ -66,14 +66,15 @@ def taught_by(name):
 SIX = "--method kd --views both --temperatures 1 2 3 4 5 6"
 # What has a learning rate of its own.
 FAMILIES = {
-    "ce": "--method ce", "kd": "--method kd", "kd-both": "--method kd --views both",
+    "ce": "--method ce", "ce-both": "--method ce --views both", "kd": "--method kd",
+    "kd-both": "--method kd --views both",
     "sld-without-swaps": SIX, "sld": "--method sld", "mlkd": "--method mlkd",
     "dkd-both": "--method dkd --views both", "rld-both": "--method rld --views both"}
 TEACHER_SWAP = "--method sld --no-student-swap"
 # {row: (whose rate it has, flags)}: a row differs from the first of its family in one thing.
 ROWS = {
     "student-alone": ("ce", "--method ce"),
-    "student-alone-both": ("ce", "--method ce --views both"),
+    "student-alone-both": ("ce-both", "--method ce --views both"),
     "kd": ("kd", "--method kd"), "kd-both": ("kd-both", "--method kd --views both"),
     "sld-without-swaps": ("sld-without-swaps", SIX), "more-ce": ("sld-without-swaps", SIX),
     "more-ce-1": ("sld-without-swaps", f"{SIX} --ce-weight 1"),
@@ -99,14 +100,14 @@ def rows_of(names, rates, teacher, more="", weights=None):
     """{row: flags of train.py} of these ROWS. rates: {family: learning rate}. teacher: flags, for
     those that have one. weights: {row: a flag and its number}."""
     return {row: f"{flags} {(weights or {}).get(row, '')} --lr {rates[family]:g} {more} "
-            + teacher * (family != "ce")
+            + teacher * (not family.startswith("ce"))
             for row, (family, flags) in ROWS.items() if row in names}
 
 
 def grid(rates, teacher, more=""):
     """{row: flags} of each of these FAMILIES {family: rates} at each rate, on validation images."""
     return {f"{name}-lr{lr:g}": f"{FAMILIES[name]} --lr {lr:g} {more} --evaluate val "
-            + teacher * (name != "ce") for name in rates for lr in rates[name]}
+            + teacher * (not name.startswith("ce")) for name in rates for lr in rates[name]}
 
 
 # {family: its rates}: for train.py's defaults, and for a ladder of 18 epochs.
@@ -115,14 +116,15 @@ GRID_NEIGHBOURS = {"dkd-both": (0.025, 0.05, 0.1, 0.2, 0.4),
                    "rld-both": (0.0125, 0.025, 0.05, 0.1, 0.2)}
 GRID_VIT = dict.fromkeys(("ce", "kd", "sld"), (0.0005, 0.001, 0.002, 0.004, 0.008))
 GRID_18 = {"sld": (0.05, 0.1, 0.2, 0.4), "sld-without-swaps": (0.05, 0.1, 0.2, 0.4),
-           "kd-both": (0.2, 0.4, 0.8, 1.6), "ce": (0.2, 0.4, 0.8, 1.6), "kd": (0.1, 0.2, 0.4, 0.8),
+           "kd-both": (0.2, 0.4, 0.8, 1.6), "ce": (0.2, 0.4, 0.8, 1.6),
+           "ce-both": (0.1, 0.2, 0.4, 0.8), "kd": (0.1, 0.2, 0.4, 0.8),
            "mlkd": (0.05, 0.1, 0.2, 0.4), "dkd-both": (0.025, 0.05, 0.1, 0.2),
            "rld-both": (0.025, 0.05, 0.1, 0.2)}
 GRID_CIFAR = {**dict.fromkeys(("ce", "kd", "kd-both"), (0.1, 0.2, 0.4)),
               **dict.fromkeys(("sld", "sld-without-swaps"), (0.025, 0.05, 0.1, 0.2))}
 # The ladder: {family: the best rate of its grid}.
-RATES_18 = {"sld": 0.2, "sld-without-swaps": 0.2, "kd": 0.2, "kd-both": 0.8, "ce": 0.8, "mlkd": 0.1,
-            "dkd-both": 0.1, "rld-both": 0.05}
+RATES_18 = {"sld": 0.2, "sld-without-swaps": 0.2, "kd": 0.2, "kd-both": 0.8, "ce": 0.8,
+            "ce-both": 0.8, "mlkd": 0.1, "dkd-both": 0.1, "rld-both": 0.05}
 RATES_CIFAR = {"ce": 0.2, "kd": 0.2, "kd-both": 0.2, "sld": 0.1, "sld-without-swaps": 0.1}
 # {row: the flag of its weight, the values tried, the best of them}. CE's default weight, 0.1, is
 # that of sld-without-swaps.
