@@ -124,7 +124,7 @@ GRID_CIFAR = {**dict.fromkeys(("ce", "kd", "kd-both"), (0.1, 0.2, 0.4)),
               **dict.fromkeys(("sld", "sld-without-swaps"), (0.025, 0.05, 0.1, 0.2))}
 # The ladder: {family: the best rate of its grid}.
 RATES_18 = {"sld": 0.2, "sld-without-swaps": 0.2, "kd": 0.2, "kd-both": 0.8, "ce": 0.8,
-            "ce-both": 0.8, "mlkd": 0.1, "dkd-both": 0.1, "rld-both": 0.05}
+            "ce-both": 0.4, "mlkd": 0.1, "dkd-both": 0.1, "rld-both": 0.05}
 RATES_CIFAR = {"ce": 0.2, "kd": 0.2, "kd-both": 0.2, "sld": 0.1, "sld-without-swaps": 0.1}
 # {row: the flag of its weight, the values tried, the best of them}. CE's default weight, 0.1, is
 # that of sld-without-swaps.

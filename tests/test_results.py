@@ -412,15 +412,19 @@ def test_what_the_text_says_of_the_other_rows_of_the_ladder():
             f"not told from the swap: {minus('sort', 'only-teacher-swap')}.",
             f"from epoch 1 SLD is at {minus('sld-from-epoch-1', 'sld')} of itself, standardized, "
             f"at the same rate, at {minus('sld-standardized', 'sld')}.",
-            f"swap alone, {minus('dkd', 'only-teacher-swap')}; SLD is {minus('sld', 'dkd')} above",
+            f"swap alone, {minus('dkd', 'only-teacher-swap')} and "
+            f"{minus('rld', 'only-teacher-swap')}; SLD is {minus('sld', 'dkd')} and "
+            f"{minus('sld', 'rld')} above them",
             f"The student swap alone brings {minus('student-swap', 'sld-without-swaps')}, and SLD "
             f"is {minus('sld', 'only-teacher-swap')} above the teacher swap alone.",
             "mistakes than without swaps, " + minus("sld", "sld-without-swaps", made, 1).replace(
                 " ", " points ", 1),
             f"than the student alone, {minus('sld', 'student-alone', made, 1)}."):
         assert said in text, said
-    for row in ("kd", "sld-detached"):
-        found = difference(top1[row], top1["student-alone" if row == "kd" else "sld"])
+    for row, other in (("kd", "student-alone"), ("sld-detached", "sld"),
+                       ("sort", "only-teacher-swap"), ("dkd", "only-teacher-swap"),
+                       ("rld", "only-teacher-swap")):
+        found = difference(top1[row], top1[other])
         assert found.low < 0 < found.high
     teacher = set(pages.final_of(LADDER, lambda report: report["teacher_top1"])["sld"].values())
     assert [f"the teacher reads {value:.2f} % of them" in text for value in teacher] == [True]
