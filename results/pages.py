@@ -50,8 +50,10 @@ ROWS = {
     "rld": "RLD, both views", "mlkd": "MLKD",
 }
 # Those of them that the README shows.
-SUMMARY = ("student-alone", "kd", "kd-both", "sld-without-swaps", "more-ce", "only-teacher-swap",
-           "sld")
+SUMMARY = ("student-alone", "student-alone-both", "kd", "kd-both", "sld-without-swaps", "more-ce",
+           "only-teacher-swap", "sld")
+# Those of them that CIFAR-100 has too.
+ON_CIFAR = tuple(row for row in SUMMARY if row != "student-alone-both")
 # The questions that the ladder was made to answer, declared before it was run: (row, other row).
 # kd-both and sld-without-swaps: the better of them on validation images is the KD of the second.
 CONTRASTS = {
@@ -64,8 +66,8 @@ OTHER_EPOCHS = 2, 3, 36
 TEACHERS = {"12 epochs": "results/glyphs/ladder"} | {
     f"{n} epochs": f"results/glyphs/teachers-by-error/{n}-epochs" for n in OTHER_EPOCHS}
 # What is compared with no correction, for each of them, and its colour in the figure.
-GAINS = {"only-teacher-swap": BLUE, "sld": "tab:orange", "mask": "tab:green",
-         "more-ce-1": "tab:pink", "more-ce-3": "tab:red", "student-alone": "grey"}
+GAINS = {"mask": "tab:green", "only-teacher-swap": BLUE, "more-ce-1": "tab:pink",
+         "more-ce-3": "tab:red", "sld": "tab:orange", "student-alone-both": "grey"}
 
 
 # --- Reading the files of a run -------------------------------------------------------------------
@@ -157,7 +159,7 @@ def summary_table(folder):
     configs = {row: next(iter(by_seed.values()))[0] for row, by_seed in read_rows(folder).items()}
     shares = [mistakes_of(folder, key) for key in ("made", "avoided")]
     lines = [[ROWS[row], f"{cost_of_step(configs[row]):.1f}", mean_and_sd(top1[row]),
-              mean_and_sd(cifar[row]),
+              mean_and_sd(cifar[row]) if row in ON_CIFAR else "",
               "/".join(f"{np.mean([*share[row].values()]):.0f}" for share in shares)]
              for row in SUMMARY]
     return narrow(markdown(
@@ -199,7 +201,7 @@ def gains_by_teacher():
         theirs = final_of(ROOT / folder, lambda report: report["teacher_top1"])["sld"]
         # The ladder's student alone had no teacher, so it goes with any. Other rows do not.
         rows = top1 | {row: by_seed for row, by_seed in top1_of(ROOT / "results/glyphs/ladder")
-                       .items() if row == "student-alone"}
+                       .items() if row == "student-alone-both"}
         found.append((teacher, next(iter(theirs.values())), wrong,
                       {row: difference(rows[row], rows["sld-without-swaps"])
                        for row in GAINS if row in rows}))
@@ -241,12 +243,14 @@ def fill_tables():
 # --- The figure -----------------------------------------------------------------------------------
 
 def draw_gains(found):
-    """Figure of `gains_by_teacher`: a line for each row, with 95 % intervals."""
-    figure = Figure(figsize=(7, 4), dpi=120, layout="constrained")
+    """Figure of `gains_by_teacher`: a line for each row, with 95 % intervals; logarithmic where a
+    gain is larger than a point."""
+    figure = Figure(figsize=(7, 4.5), dpi=120, layout="constrained")
     ax = figure.subplots()
+    ax.set_yscale("symlog", linthresh=1)
     for k, (row, colour) in enumerate(GAINS.items()):
         # Side by side, for their intervals to be seen.
-        beside = 0.4 * (k - (len(GAINS) - 1) / 2)
+        beside = 0.6 * (k - (len(GAINS) - 1) / 2)
         here = [(wrong + beside, gains[row]) for _, _, wrong, gains in found if row in gains]
         ax.plot([x for x, _ in here], [gain.mean for _, gain in here], "o-", color=colour,
                 label=ROWS[row])
@@ -255,8 +259,10 @@ def draw_gains(found):
     ax.axhline(0, color="black", lw=1)
     ax.set(xlabel="weak views of the training images that the teacher misreads, %",
            ylabel="gain over SLD without its swaps, points")
+    ticks = [-1, -0.5, 0, 0.5, 1, 2, 5, 10, 20, 50]
+    ax.set_yticks(ticks, [f"{tick:g}" for tick in ticks])
     ax.spines[["top", "right"]].set_visible(False)
-    ax.legend(frameon=False)
+    ax.legend(loc="lower right", framealpha=1, edgecolor="white", title="SLD without its swaps")
     return figure
 
 

@@ -23,7 +23,6 @@ from support.tables import (
     interval,
     interval_cell,
     last_top1,
-    mean_and_sd,
     read_rows,
     read_run,
     top1_difference,
@@ -234,7 +233,7 @@ def test_the_tables_of_the_ladder_are_made_of_the_fresh_images(tmp_path, write_r
     monkeypatch.setattr(pages, "ROOT", tmp_path)
     ladder = tmp_path / "results/glyphs/ladder"
     for row, top1 in {"sld-without-swaps": 80, "only-teacher-swap": 81, "kd-both": 82,
-                      "more-ce": 79.5, "sld": 81, "student-alone": 78, "mask": 80.5}.items():
+                      "more-ce": 79.5, "sld": 81, "student-alone-both": 78, "mask": 80.5}.items():
         for seed in range(3):
             write_final(ladder / f"{row}/seed{seed}", top1 + seed, 9, write_run)
     for row, top1 in {"sld-without-swaps": 60, "only-teacher-swap": 66, "more-ce": 64, "sld": 67,
@@ -246,7 +245,7 @@ def test_the_tables_of_the_ladder_are_made_of_the_fresh_images(tmp_path, write_r
     lines = pages.ladder_table(ladder, "sld-without-swaps").splitlines()
     # In the order of pages.ROWS.
     assert [line.split(" | ")[0] for line in lines[2:]] == [
-        "| student-alone", "| kd-both", "| sld-without-swaps", "| more-ce", "| mask",
+        "| student-alone-both", "| kd-both", "| sld-without-swaps", "| more-ce", "| mask",
         "| only-teacher-swap", "| sld"]
     assert lines[4] == "| sld-without-swaps | 3 | 81.00 ± 1.00 | - | 0.500 | 40.0 | 30.0 |"
     assert "| +1.00 (+1.00 to +1.00) |" in lines[7]
@@ -265,12 +264,12 @@ def test_the_tables_of_the_ladder_are_made_of_the_fresh_images(tmp_path, write_r
     assert [(name, top1, wrong) for name, top1, wrong, _ in found] == [
         ("12 epochs", 80, 9), ("3 epochs", 80, 35)]
     gains = [{row: gain.mean for row, gain in gains.items()} for *_, gains in found]
-    assert gains[0]["only-teacher-swap"] == 1 and gains[0]["student-alone"] == -2
+    assert gains[0]["only-teacher-swap"] == 1 and gains[0]["student-alone-both"] == -2
     # The ladder's student alone, with the seeds that both have.
-    assert gains[1]["student-alone"] == pytest.approx((78 - 60 + 79 - 60.1) / 2)
+    assert gains[1]["student-alone-both"] == pytest.approx((78 - 60 + 79 - 60.1) / 2)
     assert gains[1]["sld"] == pytest.approx(7) and gains[1]["mask"] == pytest.approx(3)
     table = pages.gains_table().splitlines()
-    assert table[3].startswith("| 3 epochs | 80.00 | 35.0 | +6.00 (+6.00 to +6.00) |")
+    assert table[3].startswith("| 3 epochs | 80.00 | 35.0 | +3.00 (+3.00 to +3.00) | +6.00 (+6.00")
     # A ladder that is not whole yet.
     for row in ("mask", "more-ce"):
         shutil.rmtree(tmp_path / f"results/glyphs/teachers-by-error/3-epochs/{row}")
@@ -288,17 +287,20 @@ def test_the_summary(tmp_path, write_run, monkeypatch):
     for k, row in enumerate(pages.SUMMARY):
         for seed in range(2):
             run = write_run(tmp_path / f"ladder/{row}/seed{seed}", [50], seed=seed,
-                            teacher="resnet14" if k else None, views="both" if k > 1 else "weak")
+                            teacher="resnet14" if k > 1 else None,
+                            views="weak" if row in ("student-alone", "kd") else "both")
             write_json(run / "final.json", dict(top1=80 + k + seed, teacher_errors=10,
                                                 teacher_errors_made=4, teacher_errors_avoided=3,
                                                 teacher_top1=84))
             run = write_run(tmp_path / f"results/cifar100/ladder/{row}/seed{seed}", [1], seed=seed)
             write_json(run / "final.json", dict(top1=50 + k, teacher_top1=68.8))
+    shutil.rmtree(tmp_path / "results/cifar100/ladder/student-alone-both")
     teacher, *lines = pages.summary_table(tmp_path / "ladder").splitlines()[2:]
     assert teacher == "|teacher||84.00|68.80||"
     assert lines[0] == "|student alone|1.0|80.50±0.71|50.00±0.00|40/30|"
-    assert lines[2] == "|KD, both views, T = 4|3.4|82.50±0.71|52.00±0.00|40/30|"
-    assert [line.split("|")[2] for line in lines] == ["1.0", "1.7", *5 * ["3.4"]]
+    assert lines[1] == "|student alone, both views|2.0|81.50±0.71||40/30|"
+    assert lines[3] == "|KD, both views, T = 4|3.4|83.50±0.71|53.00±0.00|40/30|"
+    assert [line.split("|")[2] for line in lines] == ["1.0", "2.0", "1.7", *5 * ["3.4"]]
 
 
 @pytest.mark.parametrize("kind", [kind for kind in pages.TABLES if kind != "table"])
@@ -349,9 +351,9 @@ def test_what_the_readme_says_of_the_ladder():
             f"{interval_cell(one)}.") in text
     assert one.low < 0 < min(found.low for found in (swap, ce, kd))
     assert round(2 * swap.mean) == round(2 * kd.mean) == 1 and "gains half a point" in text
-    means = [f"{found.mean:+.2f}" for found in (*at_half, *at_nine)]
-    assert ("At half of every rate: {}, {} and {}; after nine epochs, the default, nothing is "
-            "shown: {}, {} and {}.".format(*means)) in text
+    assert "After nine epochs, the default, nothing is shown: {}, {} and {}.".format(
+        *(f"{found.mean:+.2f}" for found in at_nine)) in text
+    assert "The answers stay." in text_of("results/README.md")
     assert min(found.low for found in at_half) > 0
     assert all(found.low < 0 < found.high for found in at_nine)
     # At nine epochs KD has a higher rate than SLD.
@@ -364,12 +366,13 @@ def test_what_the_readme_says_of_the_ladder():
         assert {config["lr"] for config, _ in by_seed.values()} == {
             runner.RATES_18[runner.ROWS[row][0]] / 2}
     # What is not shown there, or elsewhere.
-    assert difference(whole["kd"], whole["student-alone"]).low < 0
     vit, cifar = read_rows(ROOT / "results/glyphs/vit"), pages.top1_of(CIFAR)
     found = [top1_difference(vit["only-teacher-swap"], vit["sld-without-swaps"]),
              difference(cifar["only-teacher-swap"], cifar["sld-without-swaps"])]
-    at_half = mean_and_sd(half["student-alone"]).replace(" ", "")
-    assert f"to beat the student alone at half of its rate, {at_half};" in text
+    kd, sld = (difference(whole[row], whole["student-alone-both"]) for row in ("kd-both", "sld"))
+    assert (f"SLD is {interval_cell(sld)} above the student alone on both views, KD is not shown "
+            "to be (asked after the runs).") in text
+    assert kd.low < 0 < sld.low
     alone = [difference(half[row], half["student-alone"]) for row in ("kd-both", "sld")]
     page = text_of("results/README.md")
     assert ("is not shown to beat it: {}. SLD does: {}.".format(*map(interval_cell, alone))) in page
@@ -381,9 +384,35 @@ def test_what_the_readme_says_of_the_ladder():
     assert {len(row) for row in cifar.values()} == {3}
     assert {config["epochs"] for row in read_rows(CIFAR).values() for config, _ in row.values()
             } == {20} and "for 20 epochs, three seeds" in text
-    assert "There SLD beats KD at T = 4 by {}, but itself without swaps by {}.".format(
-        *(interval_cell(difference(cifar["sld"], cifar[row]))
-          for row in ("kd-both", "sld-without-swaps"))) in text
+
+
+def test_what_the_pages_say_of_other_teachers():
+    """Those that err more often."""
+    text, alone = text_of("results/README.md"), pages.top1_of(LADDER)["student-alone-both"]
+    found = {n: pages.top1_of(ROOT / pages.TEACHERS[f"{n} epochs"]) | {"alone": alone}
+             for n in (3, 2)}
+    for pair, said in {
+            ("only-teacher-swap", "sld-without-swaps"):
+                "the teacher swap {} with the teacher of 3 epochs and {} with that of 2.",
+            ("only-teacher-swap", "mask"): "out where the teacher errs, by {} and {}, so more",
+            ("more-ce-3", "sld"): "a CE weight of 3 brings more than SLD there, by {} and {},",
+            ("alone", "more-ce-3"): "the student alone on both views is above that by {} and {}:",
+            }.items():
+        both = [difference(top1[pair[0]], top1[pair[1]]) for top1 in found.values()]
+        assert said.format(*map(interval_cell, both)) in text, pair
+        assert min(interval.low for interval in both) > 0
+    _, _, errors, gains = zip(*pages.gains_by_teacher())
+    for row in pages.GAINS:
+        assert [*errors] == sorted(errors) and [g[row].mean for g in gains] == sorted(
+            g[row].mean for g in gains)
+    # The README's "a third of the images or more".
+    assert errors[1] > 30 and errors[0] < 10
+    assert "The more often a teacher errs, the more swapping helps; from a third" in text_of(
+        "README.md")
+    assert {len(seeds) for top1 in found.values() for row, seeds in top1.items() if row != "alone"
+            } == {3}
+    for page, said in (("README.md", "(three seeds)"), ("results/README.md", "three seeds where")):
+        assert said in text_of(page)
 
 
 def test_what_the_pages_say_of_the_teachers_errors():
@@ -399,12 +428,17 @@ def test_what_the_pages_say_of_the_teachers_errors():
 
 def test_what_the_text_says_of_the_other_rows_of_the_ladder():
     text, top1 = text_of("results/README.md"), pages.top1_of(LADDER)
-    made = pages.mistakes_of(LADDER, "made")
+    made, alone = pages.mistakes_of(LADDER, "made"), "student-alone-both"
 
     def minus(a, b, of=top1, decimals=2):
         return interval_cell(difference(of[a], of[b]), decimals)
     for said in (
-            "to beat the student alone: " + minus("kd", "student-alone") + ".",
+            f"the student has {np.mean([*top1[alone].values()]):.2f}, "
+            f"{minus(alone, 'sld-without-swaps')} above SLD without its swaps.",
+            f"Only SLD's interval lies above it, {minus('sld', alone)},",
+            f"KD on both views is at {minus('kd-both', alone)} of it, the teacher swap alone at "
+            f"{minus('only-teacher-swap', alone)}.",
+            f"the student alone on one view: {minus('kd', 'student-alone')}.",
             f"The swap is {minus('only-teacher-swap', 'mask')} above leaving the KL out",
             f"(mask), {minus('only-teacher-swap', 'add-wrong')} above GA there.",
             f"did not tell from it: {minus('only-teacher-swap', 'more-ce-1')} and "
@@ -426,10 +460,15 @@ def test_what_the_text_says_of_the_other_rows_of_the_ladder():
                        ("rld", "only-teacher-swap")):
         found = difference(top1[row], top1[other])
         assert found.low < 0 < found.high
+    assert {row for row in top1 if difference(top1[row], top1[alone]).low > 0} - {alone} == {
+        "sld", "sld-detached"}
+    assert holm({row: difference(top1[row], top1[alone]) for row in top1 if row != alone}
+                )["sld"] > 0.05
     teacher = set(pages.final_of(LADDER, lambda report: report["teacher_top1"])["sld"].values())
     assert [f"the teacher reads {value:.2f} % of them" in text for value in teacher] == [True]
-    cost = pages.cost_of_step(read_rows(LADDER)["sld"][0][0])
-    assert f"A step of SLD costs {cost:.1f} times one of the student alone." in text
+    costs = {row: pages.cost_of_step(read_rows(LADDER)[row][0][0]) for row in ("sld", alone)}
+    assert (f"A step of SLD costs {costs['sld']:.1f} times one of the student alone on one view, "
+            f"{costs['sld'] / costs[alone]:.1f} times one of it on both.") in text
     assert f"CE weight of {runner.WEIGHTS_18['more-ce'][-1]:g} that one seed" in text
     _, epochs = read_run(LADDER / "sld/seed0")
     assert f"(seed 0, 18 epochs, {epochs[-1]['test_top1']:.2f} % of the test part)" in text
