@@ -197,7 +197,8 @@ GROUPS = {
     # Each rate was chosen with one seed, so: does its neighbour give the same answers? And do the
     # nine epochs of train.py's default?
     "glyphs/ladder-half-rate": (
-        eighteen("resnet14", ASKED, rates={k: lr / 2 for k, lr in RATES_18.items()}), range(5)),
+        eighteen("resnet14", ASKED | {"student-alone-both"},
+                 rates={k: lr / 2 for k, lr in RATES_18.items()}), range(5)),
     "glyphs/ladder-9-epochs": (
         rows_of(ASKED, as_tuned("sgd"), taught_by("resnet14"), weights=MORE_CE), range(5)),
     **{f"glyphs/teachers-by-error/{n}-epochs":
