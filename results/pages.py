@@ -66,6 +66,7 @@ OTHER_EPOCHS = 2, 3, 36
 TEACHERS = {"12 epochs": "results/glyphs/ladder"} | {
     f"{n} epochs": f"results/glyphs/teachers-by-error/{n}-epochs" for n in OTHER_EPOCHS}
 # What is compared with no correction, for each of them, and its colour in the figure.
+NO_CORRECTION = "sld-without-swaps"
 GAINS = {"mask": "tab:green", "only-teacher-swap": BLUE, "more-ce-1": "tab:pink",
          "more-ce-3": "tab:red", "sld": "tab:orange", "student-alone-both": "grey"}
 
@@ -188,13 +189,14 @@ def contrasts_table(folder):
 
 
 def gains_by_teacher():
-    """[(teacher, its top-1 %, % of the weak training views that it misreads, {row: Interval of the
-    row minus the one without correction, points})] of the TEACHERS, those that err least first."""
+    """[(teacher, its top-1 %, % of the weak training views that it misreads, {row: mean top-1 %},
+    {row: Interval of the row minus NO_CORRECTION, points})] of the TEACHERS, those that err least
+    first."""
     found = []
     for teacher, folder in TEACHERS.items():
         top1 = top1_of(ROOT / folder)
         # Not begun, or not far enough.
-        if not {"sld", "sld-without-swaps"} <= {*top1}:
+        if not {"sld", NO_CORRECTION} <= {*top1}:
             continue
         logs = [read_run(run)[1] for run in sorted((ROOT / folder / "sld").glob("*"))]
         wrong = np.mean([epoch["swap_teacher_weak"] for log in logs for epoch in log])
@@ -203,7 +205,8 @@ def gains_by_teacher():
         rows = top1 | {row: by_seed for row, by_seed in top1_of(ROOT / "results/glyphs/ladder")
                        .items() if row == "student-alone-both"}
         found.append((teacher, next(iter(theirs.values())), wrong,
-                      {row: difference(rows[row], rows["sld-without-swaps"])
+                      {row: np.mean([*by_seed.values()]) for row, by_seed in rows.items()},
+                      {row: difference(rows[row], rows[NO_CORRECTION])
                        for row in GAINS if row in rows}))
     return sorted(found, key=lambda line: line[2])
 
@@ -211,10 +214,11 @@ def gains_by_teacher():
 def gains_table():
     """Markdown: `gains_by_teacher`."""
     return markdown(
-        ["teacher", "its top-1, %", "weak training views that it misreads, %", *GAINS],
-        [[teacher, f"{top1:.2f}", f"{wrong:.1f}",
+        ["teacher", "its top-1, %", "weak training views that it misreads, %",
+         f"{NO_CORRECTION}, top-1 %", *(f"{row}, points more" for row in GAINS)],
+        [[teacher, f"{theirs:.2f}", f"{wrong:.1f}", f"{top1[NO_CORRECTION]:.2f}",
           *(interval_cell(gains.get(row, Interval())) for row in GAINS)]
-         for teacher, top1, wrong, gains in gains_by_teacher()])
+         for teacher, theirs, wrong, top1, gains in gains_by_teacher()])
 
 
 TABLES = {"summary": summary_table, "ladder": ladder_table, "contrasts": contrasts_table,
@@ -243,26 +247,33 @@ def fill_tables():
 # --- The figure -----------------------------------------------------------------------------------
 
 def draw_gains(found):
-    """Figure of `gains_by_teacher`: a line for each row, with 95 % intervals; logarithmic where a
-    gain is larger than a point."""
-    figure = Figure(figsize=(7, 4.5), dpi=120, layout="constrained")
-    ax = figure.subplots()
-    ax.set_yscale("symlog", linthresh=1)
-    for k, (row, colour) in enumerate(GAINS.items()):
-        # Side by side, for their intervals to be seen.
-        beside = 0.6 * (k - (len(GAINS) - 1) / 2)
-        here = [(wrong + beside, gains[row]) for _, _, wrong, gains in found if row in gains]
-        ax.plot([x for x, _ in here], [gain.mean for _, gain in here], "o-", color=colour,
-                label=ROWS[row])
+    """Figure of `gains_by_teacher`, a line for each row: its top-1, and its gain with 95 %
+    intervals, logarithmic where it is larger than a point."""
+    figure = Figure(figsize=(10, 4.5), dpi=100, layout="constrained")
+    left, right = figure.subplots(1, 2)
+    right.set_yscale("symlog", linthresh=1)
+    for k, (row, colour) in enumerate({NO_CORRECTION: "black", **GAINS}.items()):
+        here = [(wrong, top1[row], gains.get(row)) for _, _, wrong, top1, gains in found
+                if row in top1]
+        left.plot([x for x, _, _ in here], [top1 for _, top1, _ in here], "o-", color=colour,
+                  label=ROWS[row])
+        if row == NO_CORRECTION:
+            continue
+        # Side by side, for the intervals to be seen.
+        here = [(x + 0.5 * (k - len(GAINS) / 2), gain) for x, _, gain in here]
+        right.plot([x for x, _ in here], [gain.mean for _, gain in here], "o-", color=colour)
         for x, gain in here:
-            ax.plot([x, x], [gain.low, gain.high], color=colour)
-    ax.axhline(0, color="black", lw=1)
-    ax.set(xlabel="weak views of the training images that the teacher misreads, %",
-           ylabel="gain over SLD without its swaps, points")
+            right.plot([x, x], [gain.low, gain.high], color=colour)
+    right.axhline(0, color="black")
+    left.set_title("top-1, %", fontsize="medium")
+    right.set_title("points above SLD without its swaps (logarithmic beyond 1)", fontsize="medium")
     ticks = [-1, -0.5, 0, 0.5, 1, 2, 5, 10, 20, 50]
-    ax.set_yticks(ticks, [f"{tick:g}" for tick in ticks])
-    ax.spines[["top", "right"]].set_visible(False)
-    ax.legend(loc="lower right", framealpha=1, edgecolor="white", title="SLD without its swaps")
+    right.set_yticks(ticks, [f"{tick:g}" for tick in ticks])
+    for ax in (left, right):
+        ax.set_xlabel("weak training views that the teacher misreads, %")
+        ax.spines[["top", "right"]].set_visible(False)
+    right.legend(*left.get_legend_handles_labels(), loc="lower right", framealpha=1,
+                 edgecolor="white")
     return figure
 
 
