@@ -379,7 +379,7 @@ def test_what_the_readme_says_of_the_ladder():
     page = text_of("results/README.md")
     assert ("is not shown to beat it: {}. SLD does: {}.".format(*map(interval_cell, alone))) in page
     assert alone[0].low < 0 < alone[1].low
-    assert "The teacher swap brings a ViT student {}, on CIFAR-100 {}: nothing".format(
+    assert "The teacher swap brings a ViT student {}, on CIFAR-100 {}: not shown.".format(
         *map(interval_cell, found)) in text
     assert max(interval.low for interval in found) < 0 < min(interval.high for interval in found)
     assert {len(row) for row in vit.values()} == {5}
@@ -394,29 +394,40 @@ def test_what_the_pages_say_of_other_teachers():
     found = {n: pages.top1_of(ROOT / pages.TEACHERS[f"{n} epochs"]) | {"alone": alone}
              for n in (3, 2)}
     for pair, said in {
-            ("only-teacher-swap", "mask"): "out where the teacher errs, by {} with 3 epochs and {} "
-                                           "with 2, so more",
+            ("only-teacher-swap", "mask"): "out where the teacher errs, by {} and {}, so more",
             ("more-ce-3", "sld"): "a CE weight of 3 brings more than SLD there, by {} and {},",
             ("alone", "more-ce-3"): "the student alone on both views is above that by {} and {}:",
             }.items():
         both = [difference(top1[pair[0]], top1[pair[1]]) for top1 in found.values()]
         assert said.format(*map(interval_cell, both)) in text, pair
         assert min(interval.low for interval in both) > 0
+    good = pages.top1_of(ROOT / pages.TEACHERS["36 epochs"]) | {"alone": alone}
+    harm, gain = (difference(good[a], good[b]) for a, b in (
+        ("more-ce-3", "sld-without-swaps"), ("sld-without-swaps", "alone")))
+    assert f"and a CE weight of 3 harms, by {interval_cell(harm)}." in text and harm.high < 0
+    assert f"SLD without its swaps is {interval_cell(gain)} above the student alone" in text
+    assert gain.low > 0
+    # From the teacher that errs least on, and of the others what is in the README.
     _, _, errors, _, gains = zip(*pages.gains_by_teacher())
     for row in pages.GAINS:
-        assert [*errors] == sorted(errors) and [g[row].mean for g in gains] == sorted(
-            g[row].mean for g in gains)
-    worst, bad = (line[2:] for n in (2, 3) for line in pages.gains_by_teacher()
-                  if line[0] == f"{n} epochs")
-    assert ("Teachers of 2 and 3 epochs misread {:.0f} and {:.0f} % of training images (three "
-            "seeds). SLD adds {:.0f} and {:.0f} points there, a CE weight of 3 adds {:.0f} and "
-            "{:.0f}; the student alone is best: {:.0f} %, against SLD's {:.0f} and {:.0f}.".format(
-                worst[0], bad[0], *(of[2][row].mean for row in ("sld", "more-ce-3")
-                                    for of in (worst, bad)),
-                worst[1]["student-alone-both"], worst[1]["sld"], bad[1]["sld"])
+        means = [found[row].mean for found in gains[1:]]
+        assert means == sorted(means)
+    for row in ("only-teacher-swap", "sld"):
+        assert gains[0][row].low < 0 < gains[0][row].high
+    assert [*errors] == sorted(errors) and f"misreads {errors[0]:.0f} %, the swaps are not" in text
+    of = {n: line[2:] for n in (36, 3, 2) for line in pages.gains_by_teacher()
+          if line[0] == f"{n} epochs"}
+    assert ("Teachers of 36, 3 and 2 epochs misread {:.0f}, {:.0f} and {:.0f} % of training images "
+            "(three seeds). SLD adds nothing shown, {:.0f} and {:.0f} points; a CE weight of 3: "
+            "{:.0f}, {:.0f} and {:.0f}; the student alone has {:.0f} %, SLD {:.0f}, {:.0f} and "
+            "{:.0f}.".format(
+                *(wrong for wrong, _, _ in of.values()),
+                *[gains[row].mean for row in ("sld", "more-ce-3") for _, _, gains in of.values()
+                  ][1:],
+                of[3][1]["student-alone-both"], *(top1["sld"] for _, top1, _ in of.values()))
             ) in text_of("README.md")
-    assert {len(seeds) for top1 in found.values() for row, seeds in top1.items() if row != "alone"
-            } == {3}
+    assert {len(seeds) for top1 in (good, *found.values()) for row, seeds in top1.items()
+            if row != "alone"} == {3}
     assert "three seeds where the ladder has five" in text
 
 
@@ -476,7 +487,8 @@ def test_what_the_text_says_of_the_other_rows_of_the_ladder():
             f"{costs['sld'] / costs[alone]:.1f} times one of it on both.") in text
     assert f"CE weight of {runner.WEIGHTS_18['more-ce'][-1]:g} that one seed" in text
     _, epochs = read_run(LADDER / "sld/seed0")
-    assert f"(seed 0, 18 epochs, {epochs[-1]['test_top1']:.2f} % of the test part)" in text
+    assert (f"(seed 0, 18 epochs, {epochs[-1]['test_top1']:.2f} % of the test part)"
+            ) in text_of("results/glyphs/README.md")
 
 
 def test_what_the_text_says_of_cifar100():
