@@ -362,8 +362,9 @@ def test_what_the_readme_says_of_the_ladder():
     kd, sld = (read_rows(LADDER.parent / "ladder-9-epochs")[row][0][0]["lr"]
                for row in ("kd-both", "sld"))
     assert kd == 4 * sld and "at four times the rate" in text_of("results/README.md")
-    for top1 in (half, nine):
-        assert {row: len(seeds) for row, seeds in top1.items()} == dict.fromkeys(runner.ASKED, 5)
+    for top1, more in ((half, {"student-alone-both"}), (nine, set())):
+        assert {row: len(seeds) for row, seeds in top1.items()} == dict.fromkeys(
+            runner.ASKED | more, 5)
     for row, by_seed in read_rows(LADDER.parent / "ladder-half-rate").items():
         assert {config["lr"] for config, _ in by_seed.values()} == {
             runner.RATES_18[runner.ROWS[row][0]] / 2}
@@ -375,6 +376,9 @@ def test_what_the_readme_says_of_the_ladder():
     assert (f"Asked later, uncorrected: SLD is {interval_cell(sld)} above the student alone on "
             "both views, KD is not shown to be.") in text
     assert kd.low < 0 < sld.low
+    sld = difference(half["sld"], half["student-alone-both"])
+    assert f"SLD is {interval_cell(sld)} above the student alone on both views." in text_of(
+        "results/README.md") and sld.low > 0
     alone = [difference(half[row], half["student-alone"]) for row in ("kd-both", "sld")]
     page = text_of("results/README.md")
     assert ("is not shown to beat it: {}. SLD does: {}.".format(*map(interval_cell, alone))) in page
