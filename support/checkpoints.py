@@ -188,7 +188,8 @@ def adapt_normalisation(path, checkpoint, model, data):
                            dtype=torch.float64)
         if own.shape != theirs.shape or not (own.isfinite().all() and own[1].min() > 0):
             raise ValueError("not three numbers each")
-    if torch.equal(own, theirs):
+    # Glyphs that another machine renders may differ in a few pixels.
+    if torch.allclose(own, theirs, rtol=0, atol=1e-4):
         return
     print(f"{path}: sees images normalised as it was trained, by mean and std {own.tolist()}, not "
           f"by the data's {theirs.tolist()}")

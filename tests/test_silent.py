@@ -54,6 +54,14 @@ def test_each_network_sees_images_normalised_as_it_was_trained(
     assert json.loads(out)["teacher_errors"] == round(len(labels) * (1 - top1 / 100))
 
 
+def test_a_mean_that_differs_by_a_few_pixels_is_the_same(colors, color_teacher, tmp_path, capsys):
+    checkpoint, path = torch.load(color_teacher, weights_only=True), tmp_path / "other.pt"
+    for off, said in ((1e-8, False), (1e-3, True)):
+        torch.save(checkpoint | dict(mean=[m + off for m in checkpoint["mean"]]), path)
+        load_model(path, data=data.load("folder", colors, 16))
+        assert ("sees images normalised" in capsys.readouterr().out) == said
+
+
 def test_a_network_is_not_measured_at_another_size(colors, color_teacher, command, base):
     refused(command(train, *base, "--image-size", 24, "--teacher-checkpoint", color_teacher),
             "a resnet8 for 16 px, the images have 24")
