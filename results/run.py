@@ -96,18 +96,22 @@ ASKED = {"student-alone", *(row for pair in pages.CONTRASTS.values() for row in 
 VIT_ROWS = ("student-alone", "kd", "sld-without-swaps", "more-ce", "only-teacher-swap", "sld")
 
 
+def has_teacher(flags):
+    return "--method ce" not in flags
+
+
 def rows_of(names, rates, teacher, more="", weights=None):
     """{row: flags of train.py} of these ROWS. rates: {family: learning rate}. teacher: flags, for
     those that have one. weights: {row: a flag and its number}."""
     return {row: f"{flags} {(weights or {}).get(row, '')} --lr {rates[family]:g} {more} "
-            + teacher * (not family.startswith("ce"))
+            + teacher * has_teacher(flags)
             for row, (family, flags) in ROWS.items() if row in names}
 
 
 def grid(rates, teacher, more=""):
     """{row: flags} of each of these FAMILIES {family: rates} at each rate, on validation images."""
     return {f"{name}-lr{lr:g}": f"{FAMILIES[name]} --lr {lr:g} {more} --evaluate val "
-            + teacher * (not name.startswith("ce")) for name in rates for lr in rates[name]}
+            + teacher * has_teacher(FAMILIES[name]) for name in rates for lr in rates[name]}
 
 
 # {family: its rates}: for train.py's defaults, and for a ladder of 18 epochs.
