@@ -204,7 +204,7 @@ def gains_by_teacher():
         # The ladder's student alone had no teacher, so it goes with any. Other rows do not.
         rows = top1 | {row: by_seed for row, by_seed in top1_of(ROOT / "results/glyphs/ladder")
                        .items() if row == "student-alone-both"}
-        found.append((teacher, next(iter(theirs.values())), wrong,
+        found.append((teacher, np.mean([*theirs.values()]), wrong,
                       {row: np.mean([*by_seed.values()]) for row, by_seed in rows.items()},
                       {row: difference(rows[row], rows[NO_CORRECTION])
                        for row in GAINS if row in rows}))

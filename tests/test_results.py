@@ -7,6 +7,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 
 import eval as evaluation
 import train
@@ -435,6 +436,37 @@ def test_what_the_pages_say_of_other_teachers():
     assert {len(seeds) for top1 in (good, *found.values()) for row, seeds in top1.items()
             if row != "alone"} == {3}
     assert "three seeds where the ladder has five" in text
+
+
+def test_what_the_pages_say_of_wrong_labels():
+    folder, text = ROOT / "results/glyphs/noisy-labels", text_of("results/README.md")
+    top1, rows = pages.top1_of(folder), read_rows(folder)
+    assert top1.keys() == {"student-alone-both", *runner.BY_ERROR}
+    assert {tuple(seeds) for seeds in top1.values()} == {(0, 1, 2, 3, 4)}
+    assert {config["dataset"] for row in rows.values() for config, _ in row.values()
+            } == {"glyphs-noisy"}
+    labels = torch.arange(16_000) % len(glyphs.CLASSES)
+    assert (glyphs.mislabelled(labels) != labels).float().mean() == pytest.approx(0.2, abs=0.01)
+    swap, sld, mask, one, three, alone = (
+        difference(top1[row], top1["sld-without-swaps"])
+        for row in ("only-teacher-swap", "sld", "mask", "more-ce-1", "more-ce-3",
+                    "student-alone-both"))
+    gain = difference(top1["sld-without-swaps"], top1["student-alone-both"])
+    below = difference(top1["sld"], top1["student-alone-both"])
+    assert max(found.high for found in (swap, sld, alone, below)) < 0
+    assert min(found.low for found in (mask, one, three)) > 0
+    for said in (f"the teacher swap by {interval_cell(swap)}, SLD by {interval_cell(sld)},",
+                 f"below the student alone on both views too, by {interval_cell(below)}.",
+                 f"disagree (mask) brings {interval_cell(mask)},",
+                 f"{interval_cell(one)} and {interval_cell(three)}.",
+                 f"SLD without its swaps is {interval_cell(gain)} above the student alone"):
+        assert said in text, said
+    teacher = pages.final_of(folder, lambda report: report["teacher_top1"])["sld"][0]
+    wrong = np.mean([epoch["swap_teacher_weak"] for _, log in rows["sld"].values()
+                     for epoch in log])
+    assert f"reads {teacher:.2f} % of them, and disagrees with {wrong:.0f} % of the labels" in text
+    assert (f"With a fifth of the labels wrong, the teacher swap brings {swap.mean:+.1f}, "
+            f"SLD {sld.mean:+.1f}, a CE weight of 3 {three.mean:+.1f}.") in text_of("README.md")
 
 
 def test_what_the_pages_say_of_the_teachers_errors():
