@@ -189,9 +189,9 @@ def contrasts_table(folder):
 
 
 def gains_by_teacher():
-    """[(teacher, its top-1 %, % of the weak training views that it misreads, {row: mean top-1 %},
-    {row: Interval of the row minus NO_CORRECTION, points})] of the TEACHERS, those that err least
-    first."""
+    """[(teacher, its top-1 %, % of the weak and of the strong training views that it misreads,
+    {row: mean top-1 %}, {row: Interval of the row minus NO_CORRECTION, points})] of the TEACHERS,
+    those that err least first."""
     found = []
     for teacher, folder in TEACHERS.items():
         top1 = top1_of(ROOT / folder)
@@ -199,7 +199,8 @@ def gains_by_teacher():
         if not {"sld", NO_CORRECTION} <= {*top1}:
             continue
         logs = [read_run(run)[1] for run in sorted((ROOT / folder / "sld").glob("*"))]
-        wrong = np.mean([epoch["swap_teacher_weak"] for log in logs for epoch in log])
+        wrong = [np.mean([epoch[f"swap_teacher_{view}"] for log in logs for epoch in log])
+                 for view in ("weak", "strong")]
         theirs = final_of(ROOT / folder, lambda report: report["teacher_top1"])["sld"]
         # The ladder's student alone had no teacher, so it goes with any. Other rows do not.
         rows = top1 | {row: by_seed for row, by_seed in top1_of(ROOT / "results/glyphs/ladder")
@@ -212,11 +213,14 @@ def gains_by_teacher():
 
 
 def gains_table():
-    """Markdown: `gains_by_teacher`."""
+    """Markdown: `gains_by_teacher`, and of how many seeds."""
+    seeds = {teacher: len(top1_of(ROOT / folder).get(NO_CORRECTION, ()))
+             for teacher, folder in TEACHERS.items()}
     return markdown(
-        ["teacher", "its top-1, %", "weak training views that it misreads, %",
+        ["teacher", "seeds", "its top-1, %", "views that it misreads, weak/strong, %",
          f"{NO_CORRECTION}, top-1 %", *(f"{row}, points more" for row in GAINS)],
-        [[teacher, f"{theirs:.2f}", f"{wrong:.1f}", f"{top1[NO_CORRECTION]:.2f}",
+        [[teacher, seeds[teacher], f"{theirs:.2f}", "/".join(f"{share:.1f}" for share in wrong),
+          f"{top1[NO_CORRECTION]:.2f}",
           *(interval_cell(gains.get(row, Interval())) for row in GAINS)]
          for teacher, theirs, wrong, top1, gains in gains_by_teacher()])
 
@@ -253,7 +257,7 @@ def draw_gains(found):
     left, right = figure.subplots(1, 2)
     right.set_yscale("symlog", linthresh=1)
     for k, (row, colour) in enumerate({NO_CORRECTION: "black", **GAINS}.items()):
-        here = [(wrong, top1[row], gains.get(row)) for _, _, wrong, top1, gains in found
+        here = [(weak, top1[row], gains.get(row)) for _, _, (weak, _), top1, gains in found
                 if row in top1]
         left.plot([x for x, _, _ in here], [top1 for _, top1, _ in here], "o-", color=colour,
                   label=ROWS[row])
