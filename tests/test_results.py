@@ -434,9 +434,9 @@ def test_what_the_pages_say_of_other_teachers():
     of = {n: line[2:] for n in (36, 3, 2) for line in pages.gains_by_teacher()
           if line[0] == f"{n} epochs"}
     assert ("Teachers of 36, 3 and 2 epochs misread {:.0f}, {:.0f} and {:.0f} % of weak views, "
-            "{:.0f}, {:.0f} and {:.0f} % of strong ones (three seeds, five for 3 epochs). SLD adds "
-            "nothing shown, {:.0f} and {:.0f} points; a CE weight of 3: {:.0f}, {:.0f} and {:.0f}; the "
-            "student alone has {:.0f} %, SLD {:.0f}, {:.0f} and {:.0f}.".format(
+            "{:.0f}, {:.0f} and {:.0f} % of strong ones (three seeds, five for 3 epochs). "
+            "SLD adds nothing shown, {:.0f} and {:.0f} points; a CE weight of 3: {:.0f}, {:.0f} "
+            "and {:.0f}; the student alone has {:.0f} %, SLD {:.0f}, {:.0f} and {:.0f}.".format(
                 *(wrong[k] for k in (0, 1) for wrong, _, _ in of.values()),
                 *[gains[row].mean for row in ("sld", "more-ce-3") for _, _, gains in of.values()
                   ][1:],
