@@ -65,8 +65,8 @@ CONTRASTS = {
 OTHER_EPOCHS = 2, 3, 36
 TEACHERS = {"12 epochs": "results/glyphs/ladder"} | {
     f"{n} epochs": f"results/glyphs/teachers-by-error/{n}-epochs" for n in OTHER_EPOCHS}
-# What is compared with no correction, for each of them, and its colour in the figure.
 NO_CORRECTION = "sld-without-swaps"
+# What is compared with it, for each of them, and its colour in the figure.
 GAINS = {"mask": "tab:green", "only-teacher-swap": BLUE, "more-ce-1": "tab:pink",
          "more-ce-3": "tab:red", "sld": "tab:orange", "student-alone-both": "grey"}
 
@@ -190,8 +190,8 @@ def contrasts_table(folder):
 
 def gains_by_teacher():
     """[(teacher, its top-1 %, % of the weak and of the strong training views that it misreads,
-    {row: mean top-1 %}, {row: Interval of the row minus NO_CORRECTION, points})] of the TEACHERS,
-    those that err least first."""
+    {row: {seed: top-1 %}}, {row: Interval of the row minus NO_CORRECTION, points})] of the
+    TEACHERS, those that err least first."""
     found = []
     for teacher, folder in TEACHERS.items():
         top1 = top1_of(ROOT / folder)
@@ -205,22 +205,19 @@ def gains_by_teacher():
         # The ladder's student alone had no teacher, so it goes with any. Other rows do not.
         rows = top1 | {row: by_seed for row, by_seed in top1_of(ROOT / "results/glyphs/ladder")
                        .items() if row == "student-alone-both"}
-        found.append((teacher, np.mean([*theirs.values()]), wrong,
-                      {row: np.mean([*by_seed.values()]) for row, by_seed in rows.items()},
+        found.append((teacher, np.mean([*theirs.values()]), wrong, rows,
                       {row: difference(rows[row], rows[NO_CORRECTION])
                        for row in GAINS if row in rows}))
     return sorted(found, key=lambda line: line[2])
 
 
 def gains_table():
-    """Markdown: `gains_by_teacher`, and of how many seeds."""
-    seeds = {teacher: len(top1_of(ROOT / folder).get(NO_CORRECTION, ()))
-             for teacher, folder in TEACHERS.items()}
+    """Markdown: `gains_by_teacher`."""
     return markdown(
         ["teacher", "seeds", "its top-1, %", "views that it misreads, weak/strong, %",
          f"{NO_CORRECTION}, top-1 %", *(f"{row}, points more" for row in GAINS)],
-        [[teacher, seeds[teacher], f"{theirs:.2f}", "/".join(f"{share:.1f}" for share in wrong),
-          f"{top1[NO_CORRECTION]:.2f}",
+        [[teacher, len(none := [*top1[NO_CORRECTION].values()]), f"{theirs:.2f}",
+          "/".join(f"{share:.1f}" for share in wrong), f"{np.mean(none):.2f}",
           *(interval_cell(gains.get(row, Interval())) for row in GAINS)]
          for teacher, theirs, wrong, top1, gains in gains_by_teacher()])
 
@@ -257,8 +254,8 @@ def draw_gains(found):
     left, right = figure.subplots(1, 2)
     right.set_yscale("symlog", linthresh=1)
     for k, (row, colour) in enumerate({NO_CORRECTION: "black", **GAINS}.items()):
-        here = [(weak, top1[row], gains.get(row)) for _, _, (weak, _), top1, gains in found
-                if row in top1]
+        here = [(weak, np.mean([*top1[row].values()]), gains.get(row))
+                for _, _, (weak, _), top1, gains in found if row in top1]
         left.plot([x for x, _, _ in here], [top1 for _, top1, _ in here], "o-", color=colour,
                   label=ROWS[row])
         if row == NO_CORRECTION:
